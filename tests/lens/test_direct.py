@@ -221,7 +221,7 @@ def test_a_norm_is_measured(norm: nn.Module) -> None:
     states, towards = torch.randn(3, width, dtype=torch.float64), torch.randn(3, width, dtype=torch.float64)
     with torch.no_grad():
         frozen = FrozenNorm.of(norm, "norm", states, norm(states))
-        value = (frozen.back(towards) * states).sum(-1) + frozen.constant(towards)
+        value = (frozen.pulled_back(towards) * states).sum(-1) + frozen.constant(towards)
         torch.testing.assert_close(value, (norm(states) * towards).sum(-1))
     assert frozen.centres == isinstance(norm, nn.LayerNorm) and float(frozen.rounding.abs().max()) < 1e-12
 

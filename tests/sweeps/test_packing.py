@@ -337,11 +337,11 @@ def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     model = double("llama")
     each = CostModel.of(model).token
-    monkeypatch.setattr(chunking, "LEAST", 4)
-    monkeypatch.setattr(chunking, "FIRST", 12 * each)
-    monkeypatch.setattr(chunking, "CHUNK", 30 * each)
-    assert chunking.rooms(model, None) == (12, 30)
-    assert chunking.rooms(model, 7) == (7, 7)  # as it was asked for
+    monkeypatch.setattr(chunking, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(chunking, "FIRST_FLOPS", 12 * each)
+    monkeypatch.setattr(chunking, "CHUNK_FLOPS", 30 * each)
+    assert chunking.tokens_at_once(model, None) == (12, 30)
+    assert chunking.tokens_at_once(model, 7) == (7, 7)  # as it was asked for
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     work = _work(model, plan)
     chunks = list(chunking.chunks(work, choosing.EXECUTORS["packed"], plan.jobs, 30, 12))

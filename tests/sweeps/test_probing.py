@@ -171,7 +171,7 @@ def test_a_difference_is_told_with_what_is_allowed() -> None:
     model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     probe = probing._Probe(_work(model, plan), [plan.jobs[0]])
-    text = probe._first(probe.jobs, [1.00000004], [1.0], "the logits", 1.0)
+    text = probe._first_difference(probe.jobs, [1.00000004], [1.0], "the logits", 1.0)
     assert text.endswith("(4e-08 apart, 1e-09 allowed)")
 
 

@@ -16,7 +16,7 @@ from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.images import PromptImages
 from nnsplice.activations.messages import Chat, Message
 from nnsplice.activations.sounds import Sound
-from nnsplice.errors import SpanError
+from nnsplice.errors import BadArgument, SpanError
 from nnsplice.paths import Span
 from nnsplice.tokens import Rows, Spans
 
@@ -45,6 +45,18 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
+
+    def require_tokens(self, user: str) -> None:
+        """Raise for prompts that are values.
+
+        Args:
+            user: the start of the message: "a sweep is over", "a metric reads".
+
+        Raises:
+            BadArgument: they have no token ids.
+        """
+        if self.values is not None:
+            raise BadArgument(f"{user} tokens, and these prompts are values", expected="texts or token ids")
 
     def lengths(self, tower: str) -> list[int]:
         """The number of tokens of each prompt in this tower; the list is cached and must not be changed."""

@@ -1,4 +1,4 @@
-"""The metric of many circuits over many prompts, in batches."""
+"""`measure`: the metric of many circuits over many prompts, in batches."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from nnsplice.sweeps.identity import model_record, prompts_record
 from nnsplice.sweeps.rounding import TOLERANCE
 from nnsplice.sweeps.running import check_mode
 
-#: Streams that are held at once for a token count as one token more: what one block computes is as large.
+#: This many streams `[token, width]` take about as much memory as the activations of one token's block.
 STREAMS = 64
 
 
 @dataclass(frozen=True)
 class Question:
-    """The setting of runs of circuits: a model with its graph, prompts, a metric, and the ablated values."""
+    """The setting of runs of circuits: a model with its graph (`wiring`), prompts, a metric, and the ablated values."""
 
     model: engine.Model
     wiring: Wiring
@@ -62,10 +62,10 @@ class Question:
         *,
         several: bool = False,
     ) -> Question:
-        """A question, with all its arguments checked.
+        """The question with these arguments, checked.
 
         Args:
-            several: whether it may have several metrics.
+            several: allow several metrics.
         """
         model = engine.as_model(model)
         check_mode(model)
@@ -96,12 +96,12 @@ class Question:
         }
 
     def check_parts(self, senders: Iterable[Path]) -> None:
-        """Raise where one of these is a part of a sender that the model, the prompts or the ablation do not have."""
+        """Raise for a part of a sender that the model, the prompts or the ablation do not have."""
         sender_parts.check_parts(self.model, self.wiring, self.clean, self.source, senders)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of several metrics; none where there is one."""
+        """The names of several metrics; empty for a single one."""
         return self.metric.names if isinstance(self.metric, Several) else ()
 
     @property
@@ -114,9 +114,9 @@ class Question:
 class CircuitMetrics:
     """The measurements of circuits."""
 
-    #: `[prompt, circuit]`, and of several metrics `[prompt, circuit, metric]`.
+    #: `[prompt, circuit]`; of several metrics `[prompt, circuit, metric]`.
     values: np.ndarray
-    #: `[prompt]`, or `[prompt, metric]`: the metric of the clean run.
+    #: The metric of the clean run: `[prompt]` or `[prompt, metric]`.
     clean: np.ndarray
     cost: Cost
     #: A note about trained constants.
@@ -132,15 +132,16 @@ def measure(
     progress: bool = False,
     prompts: Sequence[int] | None = None,
 ) -> CircuitMetrics:
-    """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt.
+    """The metric of each circuit for each prompt.
 
     Args:
-        prompts: only these, in this order.
+        masks: the edges of each circuit, `[receiver, sender]`.
+        prompts: the indices of the prompts, in the order of the result; all if left out.
     """
     chosen = list(range(len(question.clean)) if prompts is None else prompts)
     masks = [mask if isinstance(mask, EdgeMask) else EdgeMask(mask) for mask in masks]
     if question.source.trained_from is not None:
-        return _trained(question, masks, max_tokens, progress)
+        return _measure_trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
     room = engine.tokens_at_once(model, max_tokens)
     pruned: dict[Hashable, int] = {}
@@ -171,8 +172,10 @@ def measure(
     return CircuitMetrics(values[chosen][:, which], clean[chosen], cost)
 
 
-def _trained(question: Question, masks: Sequence[EdgeMask], max_tokens: int | None, progress: bool) -> CircuitMetrics:
-    """Each circuit with constants of its own."""
+def _measure_trained(
+    question: Question, masks: Sequence[EdgeMask], max_tokens: int | None, progress: bool
+) -> CircuitMetrics:
+    """The metric of each circuit, with constants trained for it (optimal ablation)."""
     known: dict[Hashable, CircuitMetrics] = {}
     trainings: list[Training] = []
     cost = Cost()
@@ -199,7 +202,7 @@ def constants_for(
     progress: bool,
     about: Mapping[str, Any] | None = None,
 ) -> tuple[OptimalAblation, Cost]:
-    """Constants trained for the circuit of a mask, on the question's clean prompts."""
+    """Constants trained for the circuit of a mask, on the clean prompts; and the cost."""
     assert question.source.trained_from is not None
     with engine.locked(question.model):
         cost = _check_full_circuit(question)
@@ -221,7 +224,7 @@ def _measure_group(
     clean: np.ndarray,
     shown: Any,
 ) -> Cost:
-    """All circuits over some prompts of one length."""
+    """Measure all circuits on some prompts of one length, into `values` and `clean`; returns the cost."""
     model, root, wiring = question.model, question.root, question.wiring
     experts = sorted(sender_parts.experts_of(wiring, [mask for _, mask in circuits]))
     own = record(root, model, wiring, question.clean, rows, at, experts)
@@ -231,7 +234,7 @@ def _measure_group(
     cost += more
     ablated = AblatedStreams.of(root, wiring, found)
     reference = own.logits if question.metric.metric.compares else None
-    clean[rows] = _numbers(question.metric(own.logits, rows, reference))
+    clean[rows] = _as_numpy(question.metric(own.logits, rows, reference))
     done: list[Cost] = []
 
     def run(numbers: list[int]) -> None:
@@ -241,7 +244,7 @@ def _measure_group(
         repeated = [*rows] * len(chosen)
         logits = made.run(lambda: run_plainly(root, model, question.clean, repeated, at))
         against = None if reference is None else reference.repeat(len(chosen), 1)
-        got = _numbers(question.metric(logits, repeated, against))
+        got = _as_numpy(question.metric(logits, repeated, against))
         got = got.reshape(len(chosen), len(rows), *got.shape[1:])
         for (number, _), line in zip(chosen, got, strict=True):
             values[rows, number] = line
@@ -259,7 +262,7 @@ def _measure_group(
 
 
 def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) -> list[list[int]]:
-    """Circuits that run together: their tokens, and the streams that are held for each."""
+    """Groups of circuits that fit into memory together, by their tokens and the streams kept for each token."""
     chunks: list[list[int]] = []
     held: set[Hashable] = set()
     for number, mask in enumerate(masks):
@@ -273,17 +276,16 @@ def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) 
 
 
 def _tokens_for(wiring: Wiring, kept: int) -> float:
-    """The memory of a token, in tokens: itself, the kept differences, and the streams of a layer's receivers."""
+    """The memory of a token in units of one plain token: itself, kept differences, and the streams of receivers."""
     return 1.0 + (kept + max(len(layer.receivers) for layer in wiring.layers)) / STREAMS
 
 
-def _numbers(values: Tensor) -> np.ndarray:
+def _as_numpy(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
 def _check_tokens(prompts: Prompts) -> Prompts:
-    if prompts.values is not None:
-        raise BadArgument("a circuit runs on tokens, and these prompts are values", expected="texts or token ids")
+    prompts.require_tokens("a circuit runs on")
     if prompts.decoder_ids is not None:
         raise RefusedPlace("the decoder of a model with two towers reads another tower, and no edge stands for that")
     return prompts
@@ -313,12 +315,12 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyD
 
 
 def _check_full_circuit(question: Question) -> Cost:
-    """Run the full circuit over the first prompt once: it is the clean run, or the graph has not all that there is.
+    """Check, once per model, that the circuit of all edges gives the clean run's logits on the first prompt.
 
-    Everything is ablated with zeros there, so whatever reads the stream past the edges reads nothing.
+    Ablated values are zeros here, so a part of a layer that reads the stream past the graph's edges would read zeros.
 
     Raises:
-        RefusedPlace: it is another.
+        RefusedPlace: the logits differ.
     """
     root, model, wiring = question.root, question.model, question.wiring
     around = (engine.hooks_of(root.modules()), engine.replaced_in(root.modules()))

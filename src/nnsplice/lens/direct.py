@@ -88,8 +88,7 @@ def direct(
         check_mode(model)
         decoder_of(model)
         given = encode(model, prompts, spans)
-        if given.values is not None:
-            raise BadArgument("a metric reads tokens, and these prompts are values", expected="texts or token ids")
+        given.require_tokens("a metric reads")
         bound = _bound(metric, engine.tokenizer_of(model), given)
         bound.metric.check_lengths(given.lengths("decoder"))
         check_positions(sites, bound.metric.position)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def logit(
                 cells, at, tokens = torch.tensor(jobs).T
                 states = saved.get(place.at(Slice()))[at, tokens].to(run.logits.device)
                 each = np.array(rows)[at.numpy()]
-                translate = None if lens is None else _translation(lens, model, place)
+                translate = None if lens is None else partial(lens.translate, model, place)
                 for some, logits in tail.each(states, translate):
                     which = each[some], cells.numpy()[some]
                     found[which] = metric(logits, each[some].tolist()).double().cpu().numpy()
@@ -144,10 +144,6 @@ def logit(
     )  # fmt: skip
     texts = texts_of(model, np.unique(ids[ids >= 0]).tolist())
     return Lens(SweepResult(table), ids[..., :k], shares[..., :k], texts)
-
-
-def _translation(lens: FittedLens, model: engine.Model, place: Path) -> Callable[[Tensor], Tensor]:
-    return lambda states: lens.translate(model, place, states)
 
 
 def _metric(answers: Answer | None, tokenizer: Any, given: Prompts) -> Several:

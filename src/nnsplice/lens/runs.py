@@ -14,7 +14,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.encoding import encode
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.atlas import Atlas, Site, Tower, unwrap
-from nnsplice.errors import BadArgument, RefusedPlace
+from nnsplice.errors import RefusedPlace
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ def prompts_of(
         BadArgument: they are values instead of tokens.
     """
     given = encode(model, prompts, spans, images=images)
-    if given.values is not None:
-        raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+    given.require_tokens("a lens reads")
     return given
 
 

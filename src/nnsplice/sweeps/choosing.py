@@ -1,7 +1,7 @@
 """The choice of an executor: the fastest that reproduces the reference on this model and job.
 
-It is tried once for everything that it may depend on: the model with its hooks, its dtype and its attention, the kinds
-of site, the operation, the metric, and prompts no longer than those that were tried.
+A trial (`probing`) compares the executors with the reference on a few cells. Its result is remembered for the model
+with its hooks, dtype and attention, the kinds of site, the operation, the metric, and prompts up to the tried length.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "p
 
 @dataclass(frozen=True)
 class ChosenExecutor:
-    """An executor that was chosen for a whole plan, which its parts take without trying anew."""
+    """The executor of a whole plan, which the plan's units use without another trial."""
 
     name: str
     note: str = ""
-    #: How packed rows come by their attention.
+    #: The way of the recording that packed rows start from: one of `packed.recording.WAYS`.
     way: str | None = None
 
     @classmethod
@@ -44,7 +44,7 @@ class ChosenExecutor:
         return cls(found, note, work.memo.get("way") if found == "packed" else None), cost
 
     def prepare(self, work: Work) -> Executor:
-        """The executor, made ready for some work."""
+        """The executor, for some work of the plan."""
         if self.way is not None:
             work.memo["way"] = self.way
         return EXECUTORS[self.name]
@@ -60,7 +60,7 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
         room: see `compare`.
 
     Raises:
-        RefusedExecutor: packed rows were asked for, and they give other numbers here, or none.
+        RefusedExecutor: the named executor gives other numbers here, or none.
     """
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
@@ -79,7 +79,7 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
         return name, "", Cost()
     if not work.plan.jobs:
         return "batched", "", Cost()
-    if name == "batched":  # whose rows may not be what that code is written for
+    if name == "batched":  # a user's hook may be written for one row
         if differs := batches_differ(work):
             raise RefusedExecutor(
                 f"rows of a batch do not give this job's numbers: {differs}",
@@ -98,10 +98,10 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
 
 
 def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
-    """The answer for this work, and what it cost to know.
+    """The result of the trial for this work, and the cost of the trial.
 
     Args:
-        own: whether code of the user's runs in the model, which does what its variables say: never remembered.
+        own: whether code of the user's runs in the model: its effect may depend on variables, so nothing is remembered.
     """
     if own:
         return compare(work, longest_prompt(work), room)
@@ -125,10 +125,10 @@ def longest_prompt(work: Work) -> int:
 
 
 def probe_key(work: Work) -> Hashable:
-    """All that the result of a trial depends on, but for the length of the prompts."""
+    """Everything that the result of a trial depends on, except the length of the prompts."""
     root, plan = unwrap(work.model), work.plan
     modules = list(root.modules())
-    # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
+    # A hook's id is never used again, so another hook makes another key.
     hooks = (engine.hooks_of(modules), engine.replaced_in(modules))
     configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
     attentions = tuple(str(getattr(config, "_attn_implementation", None)) for config in configs.values())
@@ -153,6 +153,6 @@ def probe_key(work: Work) -> Hashable:
 
 
 def _rules(metric: Bound | Several) -> Hashable:
-    """The rule of each metric: its name, and a digest of a user's function."""
+    """The name of each metric, and the digest of a user's function."""
     each = [bound for _, bound in metric.parts] if isinstance(metric, Several) else [metric]
     return tuple((bound.metric.name, bound.identity.get("source")) for bound in each)

@@ -1,4 +1,4 @@
-"""Jobs and corrupted runs in chunks, and less at once when memory runs out."""
+"""Jobs and corrupted runs in chunks that fit into memory; halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from nnsplice.sweeps.executors import Executor, Work, fitting, whole_prompts
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.unedited import corrupted_run
 
-#: Operations of a chunk on a CPU, and of the first one: some ten seconds and some two, so that the bar moves.
-CHUNK, FIRST = 1e12, 1.5e11
-#: Fewer tokens than this take as long: every chunk reads the weights once.
-LEAST = 128
+#: Floating point operations of a chunk on a CPU, and of the first chunk: about ten seconds and about two, so that the
+#: progress bar moves.
+CHUNK_FLOPS, FIRST_FLOPS = 1e12, 1.5e11
+#: The least tokens of a chunk: fewer take as long, as every chunk reads all weights once.
+LEAST_TOKENS = 128
 
 
 def corrupted_batches(work: Work, executor: Executor, at_once: int) -> Iterator[tuple[list[int], Tensor, Cost]]:
-    """Corrupted prompts, whose jobs are run together, and their logits: from a run that is made for these anyway."""
+    """Corrupted prompts in groups whose jobs run together, with their logits `[prompt, vocab]` and the cost.
+
+    An executor that records the corrupted run for its jobs gives the logits of that run.
+    """
     every, about = list(range(len(work.plan.corrupted))), work.plan.jobs.prompts
     shared = [] if executor.corrupted is None else _recorded_together(work, about, at_once)
     unshared = sorted(set(every).difference(*shared))
@@ -42,7 +46,7 @@ def corrupted_batches(work: Work, executor: Executor, at_once: int) -> Iterator[
 
 
 def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list[list[int]]:
-    """Neighbouring prompts that fit into one recorded pass; a prompt that is too long is in none."""
+    """Consecutive prompts in groups that fit into one recorded pass; too long prompts are in no group."""
     lengths = work.plan.corrupted.lengths("decoder")
     groups: list[list[int]] = []
     tokens = 0
@@ -55,29 +59,29 @@ def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list
     return groups
 
 
-def rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
-    """The tokens that run at once in the first chunk and in later ones: `max_tokens`, or a number for this machine."""
+def tokens_at_once(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
+    """The number of tokens that run at once in the first chunk and in later ones."""
     # Processes may have different amounts of free memory.
     room = engine.ProcessGroup.of(model).minimum(engine.tokens_at_once(model, max_tokens))
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
     each = CostModel.of(model).token
-    return min(room, max(int(FIRST / each), LEAST)), min(room, max(int(CHUNK / each), LEAST))
+    return min(room, max(int(FIRST_FLOPS / each), LEAST_TOKENS)), min(room, max(int(CHUNK_FLOPS / each), LEAST_TOKENS))
 
 
 def chunks(
     work: Work, executor: Executor, jobs: Sequence[Job], at_once: int, first: int | None = None
 ) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
-    """Jobs that run together, at most so many tokens at once, and half of it after running out of memory.
+    """Run jobs in chunks of at most `at_once` tokens, which is halved when memory runs out; yields chunks with values.
 
     Args:
-        first: how many tokens the first chunk has, where a few chunks follow it.
+        first: the number of tokens of the first chunk, if it is smaller.
     """
     room = at_once if first is None else first
     for members in _together(work, executor, jobs):
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
         if sum(sizes) <= 2 * room:
-            room = min(2 * room, at_once)  # what would be left is not worth another reading of all weights
+            room = min(2 * room, at_once)  # the rest is not worth reading all weights again
         at = 0
         while at < len(members):
             chunk = members[at : at + fitting(members, sizes, prompts, room, at)]
@@ -98,7 +102,7 @@ def chunks(
 
 
 def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs by the shape of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
+    """Jobs in groups that may share a run: of prompts of one shape, unless the executor takes any; sorted by prompt."""
     prompts = work.plan.corrupted
     shapes = [() if executor.mixed else prompts.shape(row) for row in range(len(prompts))]
     groups: dict[object, list[Job]] = {}

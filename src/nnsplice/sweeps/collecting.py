@@ -1,4 +1,4 @@
-"""The values of a sweep: known ones, those of a journal, and new ones."""
+"""The values of a sweep while it runs: those of its journal, and new ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnsplice.warn import warn_caller
 
 @dataclass(frozen=True, eq=False)
 class CollectedValues:
-    """`[prompt, cell]`: the values, with an axis for several metrics, and which are there."""
+    """The values `[prompt, cell]` or `[prompt, cell, metric]`, and whether each cell is done `[prompt, cell]`."""
 
     values: np.ndarray
     done: np.ndarray
@@ -40,15 +40,17 @@ class CollectedValues:
 
     def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         if self.log is not None:
-            # A journal has one number for each cell: several metrics are cells side by side.
+            # A journal has one number per cell, so each of several metrics counts as a cell: cell * metrics + metric.
             each = np.array(values, dtype=np.float64).reshape(len(jobs), -1)
             prompts, cells = np.array(jobs).reshape(-1, 2).T
-            wide = each.shape[1]
-            numbers = cells[:, None] * wide + np.arange(wide)
-            self.log.append(np.repeat(prompts, wide).tolist(), numbers.reshape(-1).tolist(), each.reshape(-1).tolist())
+            per_cell = each.shape[1]
+            numbers = cells[:, None] * per_cell + np.arange(per_cell)
+            self.log.append(
+                np.repeat(prompts, per_cell).tolist(), numbers.reshape(-1).tolist(), each.reshape(-1).tolist()
+            )
 
     def warn_of_nan(self) -> None:
-        """Say so where the metric of a cell was no number."""
+        """Warn of cells whose metric is NaN."""
         lacking = np.isnan(self.values)
         lacking = lacking.any(-1) if lacking.ndim > self.done.ndim else lacking
         if count := int((lacking & self.done).sum()):
@@ -65,22 +67,22 @@ def collecting(
     metrics: int = 0,
     group: engine.ProcessGroup | None = None,
 ) -> Iterator[CollectedValues]:
-    """The values of these jobs while a sweep runs, with those that a journal of the same sweep has.
+    """Collect the values of these jobs, starting with those in the journal of the same sweep.
 
     Args:
-        metrics: how many numbers a cell has, where it has several.
+        metrics: the number of metrics; 0 for a single one, without an axis.
         group: the processes that share the model; the first one has the journal and the bar.
     """
-    several, wide = ((metrics,) if metrics else ()), metrics or 1
+    several, per_cell = ((metrics,) if metrics else ()), metrics or 1
     values, done = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool)
     group = group or engine.ProcessGroup()
     log: Journal | None = None
     if journal is not None:
-        log = group.on_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
+        log = group.on_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * per_cell))
     try:
         for (prompt, number), value in group.broadcast(log.done() if log is not None else {}).items():
-            cell = number // wide
-            values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
+            cell = number // per_cell
+            values[(prompt, cell, number % per_cell) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True
         with bar(
             "sweep", len(jobs), "cell", progress and group.is_first, done=int(done[jobs.columns()].sum())
@@ -92,7 +94,7 @@ def collecting(
 
 
 def check_baselines(metric: Bound | Several, **unedited: np.ndarray) -> None:
-    """Raise where the metric of an unedited run, by its name, is no number."""
+    """Raise where the metric of an unedited run is NaN; `unedited` has the values of each run by its name."""
     for name, values in unedited.items():
         bad = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(1))
         if len(bad):

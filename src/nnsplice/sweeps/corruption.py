@@ -12,13 +12,13 @@ from nnsplice.paths import Path
 
 @dataclass(frozen=True, eq=False)
 class Corruption:
-    """A change of every edited run before its edits: of tokens of the embedding, or of the stream after it."""
+    """A change of every edited run before its edits, to some tokens of the embedding or of the stream after it."""
 
     place: Path
-    #: For each prompt: positions, and values `[token, width]`.
+    #: The changed tokens of each prompt, and their values `[token, width]`.
     positions: tuple[tuple[int, ...], ...]
     values: tuple[Tensor, ...]
-    #: Whether the values replace the embeddings, or are added to them.
+    #: Whether the values replace the embeddings instead of being added to them.
     overwrites: bool = False
 
     def take(self, rows: Sequence[int]) -> Corruption:
@@ -27,7 +27,7 @@ class Corruption:
         return replace(self, positions=positions, values=values)
 
     def apply(self, prompts: Sequence[int], states: Tensor) -> Tensor:
-        """A copy of `[row, token, width]`, whose rows are these prompts, with their tokens changed."""
+        """A copy of states `[row, token, width]`, with the tokens of these prompts changed."""
         new = states.clone()
         for row, prompt in enumerate(prompts):
             tokens, value = list(self.positions[prompt]), self.values[prompt].to(new)

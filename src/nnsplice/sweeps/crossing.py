@@ -1,8 +1,8 @@
 """`crossings`: the effect of tuning at a site, split into its input and its weights.
 
-A site takes a state in and has weights. Both may be the base model's or the tuned one's, which makes four runs of the
-base model: with what the site would put out in each case written there. The two shares of Shapley are each one's mean
-gain, first and second, and together they are what the site carries of the difference.
+The output of a site depends on its input and on its weights, and each of these may be the base model's or the tuned
+model's. That gives four runs of the base model, each with one of the four outputs written at the site. The Shapley
+value of the input (or the weights) is its mean effect in both orders; the two values sum to the effect of both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.targets import Target, TargetPart, cell_of
 from nnsplice.weights import select, swap
 
-#: The four runs (whose input, whose weights), and the differences between them.
+#: The four runs: base input and weights, tuned input, tuned weights, both tuned; and the two Shapley values.
 CONDITIONS = ("neither", "fed", "computed", "both")
 SHARES = ("share fed", "share computed")
 
@@ -93,8 +93,7 @@ def crossings(
             engine.refuse_changed_logits(model)
             check_mode(model)
         given = encode(base, prompts)
-        if given.values is not None:
-            raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
+        given.require_tokens("a sweep is over")
         other_model.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
         bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), given.texts)
         if bound.metric.compares:
@@ -102,12 +101,12 @@ def crossings(
         bound.metric.check_lengths(given.lengths("decoder"))
         places = [place for path in engine.listed(sites) for place in engine.expand(base, path)]
         for place in places:
-            _check(base, place)
+            _check_site(base, place)
         targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
         other_model.check_places(base, tuned, given, targets)
-        theirs = other_model.counterparts(tuned, targets)
-    # Before any weight is exchanged, as a digest is of the models as they are.
-    asked = {
+        in_tuned = other_model.counterparts(tuned, targets)
+    # Before any weight is swapped, as the digests are of the models' own weights.
+    question = {
         **model_record(base), "source": model_record(tuned), "prompts": prompts_record(given), "metric": bound.identity,
         "sites": [target.cell.path for target in targets], "operation": "crossings",
     }  # fmt: skip
@@ -115,17 +114,17 @@ def crossings(
     ends = np.zeros((2, len(given)))
     cells = len(places) * len(given)
     with bar("crossings", cells, "cell", progress) as shown, engine.locked(base), engine.locked(tuned):
-        alone = any(engine.has_code_by_row(one) for one in (base, tuned))
-        for rows in given.batches(base, at_most=1 if alone else None):
+        by_row = any(engine.has_code_by_row(one) for one in (base, tuned))
+        for rows in given.batches(base, at_most=1 if by_row else None):
             some = given.take(rows)
             ends[0][rows], ends[1][rows] = (_metric(bound, one, some, rows) for one in (base, tuned))
             for number, place in enumerate(places):
                 values[rows, number, :4] = np.stack(
                     [
                         ends[0][rows],
-                        _metric(bound, base, some, rows, place, _outputs(tuned, base, theirs[place], some)),
-                        _metric(bound, base, some, rows, place, _outputs(base, tuned, place, some)),
-                        _metric(bound, base, some, rows, place, _outputs(tuned, None, theirs[place], some)),
+                        _metric(bound, base, some, rows, place, _output(tuned, base, in_tuned[place], some)),
+                        _metric(bound, base, some, rows, place, _output(base, tuned, place, some)),
+                        _metric(bound, base, some, rows, place, _output(tuned, None, in_tuned[place], some)),
                     ],
                     -1,
                 )
@@ -140,13 +139,13 @@ def crossings(
     about = Run("crossings", time.perf_counter() - start, forwards=(2 + 5 * len(places)) * len(given))
     cells = tuple(target.cell for target in targets)
     return SweepResult(
-        Table(cells, values, there, there, clean, corrupted, engine.token_texts(base, given.ids), asked, about,
+        Table(cells, values, there, there, clean, corrupted, engine.token_texts(base, given.ids), question, about,
               metrics=(*CONDITIONS, *SHARES))
     )  # fmt: skip
 
 
-def _check(model: engine.Model, place: Path) -> None:
-    """Raise for a site whose output is not computed by its own weights from its input."""
+def _check_site(model: engine.Model, place: Path) -> None:
+    """Raise for a site with parameters in its module that are not among the site's weights, such as a norm."""
     names = [step.name for step in place.steps]
     if place.native or place.position is not None or names not in (["layers"], ["layers", "attn"], ["layers", "mlp"]):
         raise RefusedPlace(
@@ -170,8 +169,8 @@ def _weights(model: engine.Model, place: Path) -> Selection:
     return select(model, str(place.place).removesuffix(".output"))
 
 
-def _outputs(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
-    """A site's output in a model's run, with its own or another model's weights."""
+def _output(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
+    """The output `[prompt, token, width]` of a site in a model's run, with its own or another model's weights."""
     block = nullcontext() if other is None else swap(model, unwrap(other), _weights(model, place))
     with block:
         return capture(model, prompts, place.at(Slice())).get(place.at(Slice()))
@@ -183,13 +182,13 @@ def _metric(
     prompts: Prompts,
     rows: Sequence[int],
     place: Path | None = None,
-    held: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> np.ndarray:
-    """The metric of prompts, with values written at a site where they are given."""
-    if place is None or held is None:  # a run with its own embeddings written into it is the run itself
+    """The metric `[prompt]`, with an output written at a site if it is given."""
+    if place is None or output is None:  # a run with its own embeddings written into it is the run itself
         saved = capture(model, prompts, "embed[-1]")
     else:
-        saved = SavedActivation.from_pairs(*((str(place.at(n)), held[:, n]) for n in range(held.shape[1])))
+        saved = SavedActivation.from_pairs(*((str(place.at(n)), output[:, n]) for n in range(output.shape[1])))
     logits: Tensor = patched_logits(model, prompts, saved, positions=bound.metric.position, progress=False)
     with torch.no_grad():
         return bound(logits, rows).double().cpu().numpy()

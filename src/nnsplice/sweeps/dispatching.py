@@ -1,4 +1,4 @@
-"""`run`: a plan in this process, or in units by other processes, with identical bits."""
+"""`run`: run a plan in this process, or in units by other processes, with bit-identical results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, TypeVar, cast
 
 from nnsplice.errors import BadArgument, BadType, named
-from nnsplice.sweeps import running
+from nnsplice.sweeps import other_model, running
 from nnsplice.sweeps.distributed import finished, merged, prepared
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.plan import Plan
@@ -101,14 +101,7 @@ def run(
             plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
         )
         return cast("R", result)
-    if plan.foreign != (source is not None):
-        raise BadArgument(
-            "the plan takes its values from the model itself, so a source would do nothing"
-            if source is not None
-            else "the plan takes its values from another model",
-            expected="no source" if source is not None else "how other processes load that model too",
-            write=None if source is not None else 'ns.run(plan, "base", source="tuned", on="local:2")',
-        )
+    other_model.check_given(plan, source, 'ns.run(plan, "base", source="tuned", on="local:2")')
     if journal is not None:
         raise BadArgument("a journal beside a run folder, which keeps every finished unit itself", expected="out=")
     if not isinstance(executor, str):
@@ -126,11 +119,11 @@ def run(
 
 
 def _check_idle(options: Mapping[str, Any], to: str) -> None:
-    """Raise for options that are given and would do nothing.
+    """Raise for options that are given and would have no effect.
 
     Args:
-        options: their values, false where they are not given.
-        to: the call on which they would have no effect.
+        options: their values, false if not given.
+        to: the call on which they have no effect.
     """
     idle = [name for name, value in options.items() if value]
     if idle:

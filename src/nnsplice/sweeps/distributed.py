@@ -1,8 +1,8 @@
 """The run folder of a sweep: its workers' side, and its result.
 
-A unit's numbers depend on its plan, its executor and how many tokens run at once, and on nothing else: which worker
-runs it, in which order, and how many died before is all the same. So the workers of a run agree on one executor, and
-have its weights, its versions and its number of threads.
+The numbers of a unit depend only on its plan, its executor and the number of tokens that run at once, and not on the
+worker that runs it or on the order of units. So all workers of a run use one executor and one number of threads, and
+have the same weights and package versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nnsplice.work import Arrays, RunFolder
 def prepared(
     plan: Plan, path: str | PathLike[str], *, executor: str, max_tokens: int, size: float | None, threads: int
 ) -> RunFolder:
-    """A run folder with this plan, written or found there; beside a Zarr store where the path is one."""
+    """The run folder of this plan, created or resumed; beside the Zarr store if the path is one."""
     units = plan.units(size, executor=executor, max_tokens=max_tokens)
     cut = [[list(unit.piece.prompts), unit.piece.start, unit.piece.stop] for unit in units]
     exists = Jobs.of_mask(plan.exists()).ranges
@@ -50,18 +50,18 @@ def prepared(
         check_units(units, plan)
 
     def write(folder: Path) -> None:
-        write_plan(plan, folder, size=size, exists=exists, metrics=_names(plan))
+        write_plan(plan, folder, size=size, exists=exists, metrics=_metric_names(plan))
         if stored:
             record = from_json(text_of(folder / PLAN), folder / PLAN)
             mask = _exists(record["plan"], exists, len(plan.targets))
-            zarr_files.Growing.begin(path, mask, len(_names(plan)), function_digest(identity))
+            zarr_files.Growing.begin(path, mask, len(_metric_names(plan)), function_digest(identity))
 
     opener = f"{__name__}:{'opened_store' if stored else 'opened'}"
     return RunFolder.create(folder_of(path) if stored else path, opener, len(units), identity, write)
 
 
 class SweepUnits:
-    """A plan in a worker: loads the model, then runs units by number."""
+    """A plan in a worker: loads the model, then runs units."""
 
     def __init__(self, folder: RunFolder) -> None:
         """Load the model and the plan.
@@ -91,13 +91,13 @@ class SweepUnits:
         self.units: tuple[Unit, ...] = plan.units(record["size"], executor=name, max_tokens=self.max_tokens)
 
     def run(self, number: int) -> Arrays:
-        """The values of a unit's cells, in the order of their ranges, and its two runs without an edit."""
+        """The values of a unit's cells, in the order of `ranges`, and the metric of its clean and corrupted runs."""
         with engine.locked(self.model):
             table = running.measured_table(
                 self.units[number].plan, self.model, self.executor, self.max_tokens, other=self.source
             )
         done = Jobs.of_mask(table.done)
-        self.units[number].__dict__.pop("plan", None)  # made again where it is needed again
+        self.units[number].__dict__.pop("plan", None)  # a cached property: frees the memory
         cost = {name: getattr(table.run, name) for name in _COSTS}
         return {
             "prompts": np.array(self.units[number].prompts),
@@ -113,12 +113,12 @@ _COSTS = ("seconds", "forwards", "block_calls", "tokens", "flops", "known")
 
 
 def opened(folder: RunFolder) -> SweepUnits:
-    """A worker's side of a sweep."""
+    """The units of a sweep for a worker."""
     return SweepUnits(folder)
 
 
 def opened_store(folder: RunFolder) -> StoredUnits:
-    """A worker's side of a sweep whose values go to a Zarr store."""
+    """The units of a sweep whose values go to a Zarr store, for a worker."""
     return StoredUnits(SweepUnits(folder), folder)
 
 
@@ -127,7 +127,7 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
 
     Args:
         path: the folder, or its address.
-        partial: also when units are missing: their cells are not done, and prompts without any are left out.
+        partial: allow missing units: their cells are not done, and prompts without any unit are left out.
 
     Raises:
         FileError: units are missing, or there is none at all.
@@ -136,7 +136,7 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
     if folder.header["opener"].endswith(":opened_store"):
         return finished(path, partial=partial)
     plan, metrics = record["plan"], tuple(record["metrics"])
-    prompts, cells = _prompts(plan), cells_of(plan)
+    prompts, cells = _prompt_count(plan), cells_of(plan)
     several = (len(metrics),) if metrics else ()
     values = np.full((prompts, len(cells), *several), np.nan)
     there = np.zeros((prompts, len(cells)), dtype=bool)
@@ -160,14 +160,14 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
 
 
 def finished(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
-    """The result of a run whose values went to a Zarr store: the rest is written beside them, and no value is read.
+    """The result of a run whose values are in a Zarr store: adds the other arrays to the store, and reads no value.
 
     Raises:
         FileError: units are missing, or there is none at all.
     """
     folder, record, done = _opened_run(path, partial)
     plan, metrics = record["plan"], tuple(record["metrics"])
-    prompts, cells = _prompts(plan), cells_of(plan)
+    prompts, cells = _prompt_count(plan), cells_of(plan)
     several = (len(metrics),) if metrics else ()
     totals, sums = _OutcomeTotals(folder, prompts, several), [""] * prompts
     for number in done:
@@ -192,7 +192,7 @@ def _opened_run(path: str | PathLike[str], partial: bool) -> tuple[RunFolder, di
 
 
 class _OutcomeTotals:
-    """The unedited runs and the cost of all units."""
+    """The metric of the clean and corrupted runs, and the total cost, over all units."""
 
     def __init__(self, folder: RunFolder, prompts: int, several: tuple[int, ...]) -> None:
         self.folder = folder
@@ -200,14 +200,14 @@ class _OutcomeTotals:
         self._cost = np.zeros(len(_COSTS))
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """Read the outcome of a unit, and add it."""
+        """Read the outcome of a unit, and add it to the totals."""
         arrays, _ = self.folder.outcome(number)
         rows = arrays["prompts"]
         for name in ("clean", "corrupted"):
             whole = getattr(self, name)
             known = ~np.isnan(whole[rows])
             _check_unedited(number, whole[rows][known], arrays[name][known])
-            whole[rows] = np.where(known, whole[rows], arrays[name])  # of a prompt in several units, the first one's
+            whole[rows] = np.where(known, whole[rows], arrays[name])  # a prompt in several units has the first one's
         self._cost += arrays["cost"]
         return arrays
 
@@ -219,17 +219,17 @@ class _OutcomeTotals:
         return Run(agreed["name"], costs["seconds"], flops=costs["flops"], note=agreed["note"], **counts)
 
 
-def _prompts(plan: Mapping[str, Any]) -> int:
+def _prompt_count(plan: Mapping[str, Any]) -> int:
     return max(plan["owners"]) + 1 if plan["owners"] else len(plan["corrupted"]["ids"])
 
 
 def _exists(plan: Mapping[str, Any], exists: list[list[int]], cells: int) -> np.ndarray:
-    """`[prompt, cell]`, as of a table."""
+    """Whether each cell exists, `[prompt, cell]`, with the runs of one prompt (answers of several tokens) merged."""
     mask = np.zeros((len(plan["corrupted"]["ids"]), cells), dtype=bool)
     mask[Jobs.of_ranges(exists).columns()] = True
     if plan["owners"]:
         owners = np.array(plan["owners"])
-        mask = np.stack([mask[owners == prompt].all(0) for prompt in range(_prompts(plan))])
+        mask = np.stack([mask[owners == prompt].all(0) for prompt in range(_prompt_count(plan))])
     return mask
 
 
@@ -238,5 +238,5 @@ def _check_unedited(number: int, before: np.ndarray, now: np.ndarray) -> None:
         raise KeyMismatch(f"unit {number} has other unedited runs of its prompt than those before it")
 
 
-def _names(plan: Plan) -> list[str]:
+def _metric_names(plan: Plan) -> list[str]:
     return list(getattr(plan.metric, "names", ()))

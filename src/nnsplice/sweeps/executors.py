@@ -1,7 +1,7 @@
 """The type of executors, and two of them: reference and batched.
 
-reference    one trace for each job, written with `SavedActivation`'s own means: slow, and the oracle of the tests
-batched      one nnsight trace for many jobs, a row for each: any architecture
+reference    one nnsight trace per job, with the write of `SavedActivation.apply`: slow, and the oracle of the tests
+batched      one nnsight trace for many jobs, a row per job: for any architecture
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
 from nnsplice.sweeps.jobs import Job
-from nnsplice.sweeps.knockouts import of_rows
+from nnsplice.sweeps.knockouts import cuts_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
@@ -35,12 +35,12 @@ from nnsplice.sweeps.targets import TargetPart
 
 @dataclass(frozen=True)
 class Work:
-    """The input of an executor, without the jobs."""
+    """What an executor needs besides the jobs: the model, the plan, the values to write."""
 
     model: engine.Model
     plan: Plan
     source: Source
-    #: The clean run's logits where the metric reads, `[prompt, vocab]`, for metrics that compare.
+    #: The clean run's logits where the metric reads, `[prompt, vocab]`, for metrics that compare two runs; else None.
     clean_logits: Tensor | None
     #: Values that an executor keeps between chunks.
     memo: dict[str, Any] = field(default_factory=dict)
@@ -55,19 +55,19 @@ class Work:
 class Executor:
     """A way to run jobs."""
 
-    #: Jobs -> the metric of each, and the cost.
+    #: Runs jobs: the metric of each, and the cost.
     run: Callable[[Work, Sequence[Job]], tuple[list[float], Cost]]
-    #: How many tokens each of these jobs runs.
+    #: The number of tokens that each job runs.
     tokens: Callable[[Work, Sequence[Job]], list[int]]
     #: Whether one run may have prompts of different lengths.
     mixed: bool = False
-    #: These corrupted prompts' logits where the metric reads, `[prompt, vocab]`, where it makes that run anyway: jobs
-    #: about these prompts share it, until it is to be forgotten.
+    #: Records the corrupted runs of prompts, for all jobs about them, and returns their logits where the metric reads,
+    #: `[prompt, vocab]`; `forget` frees that recording. None for an executor without a recording.
     corrupted: Callable[[Work, Sequence[int]], tuple[Tensor, Cost]] | None = None
     forget: Callable[[Work], None] | None = None
     #: The name in results of an executor that is not in `EXECUTORS`.
     name: str = "own"
-    #: Where it has several ways: the one that is right for this work, why none that is faster, what it cost to know.
+    #: For an executor with a faster variant: the variant that is exact for this work, the reason, and the trial's cost.
     choose: Callable[[Work], tuple[Executor, str, Cost]] | None = None
 
     def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
@@ -82,7 +82,7 @@ def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
 
 
 def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int = 0) -> int:
-    """The number of jobs from `at` on that fit into one run, with their prompts padded."""
+    """The number of jobs, from job `at` on, that fit into one run of `room` tokens, with their prompts padded."""
     own = total = longest = 0
     prompts_in_batch: set[int] = set()
     for number in range(at, len(jobs)):
@@ -113,28 +113,28 @@ def run_single(work: Work, job: Job, *, only: bool = False) -> Tensor:
     """The logits that the metric reads in a run of one job's own: `[1, vocab]`.
 
     Args:
-        only: have no others computed, where the model can be asked for that.
+        only: compute no other logits, if the model supports that (`logits_to_keep`).
     """
     plan, model = work.plan, work.model
     inputs = plan.corrupted.inputs([job[0]], model.device)
     found: list[Tensor] = []
 
     def body() -> None:
-        # The padding of the prompt can be read before the first value of a run, and not later.
+        # nnsight can read the attention mask only before the first value of a run.
         engine.batch_of(model, engine.worker(model, "a sweep"))
         corrupt(model, plan, [job[0]])
         if plan.operation.reads:
-            _updated(work, job)
+            _update_values(work, job)
         elif plan.operation.way != "cut":
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
         found.append(engine.read_logits(model, read_at(plan, job[0])))
 
     def over_processes() -> None:
-        with engine.accepting_sharded(model):  # here, as this runs in a thread of nnsight's
+        with engine.accepting_sharded(model):  # inside, as nnsight runs the body in its own thread
             body()
 
     fewer = only_read(model, read_at(plan, job[0]), plan.targets[job[1]].places) if only else {}
-    with torch.no_grad(), cut(model, of_rows(plan, [job])):
+    with torch.no_grad(), cut(model, [cuts_of(plan, job)]):
         engine.run(model, {**inputs, **fewer} if fewer and isinstance(inputs, Mapping) else inputs, over_processes)
     return found[0]
 
@@ -150,7 +150,7 @@ def _packs(work: Work, job: Job) -> list[Pack]:
     return packs
 
 
-def _updated(work: Work, job: Job) -> None:
+def _update_values(work: Work, job: Job) -> None:
     where = {
         str(place.at(position)): (part, place, order, position)
         for part in work.plan.targets[job[1]].parts
@@ -179,7 +179,7 @@ class Write:
 
 
 def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
-    """One trace, a row for each job, every value visited once in execution order."""
+    """One trace with a row per job; each value is written once, in execution order."""
     plan, model = work.plan, work.model
     writes: dict[Path, list[Write]] = {}
     for row, job in enumerate(jobs):
@@ -190,7 +190,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
                         raise NotImplementedError(f"{place} is derived from a value, and stands in none")
                     writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
     known = engine.map_of(model)
-    stops = accesses(model, sorted(writes, key=known.rank))
+    visited = accesses(model, sorted(writes, key=known.rank))
     prompts = [prompt for prompt, _ in jobs]
     inputs = plan.corrupted.inputs(prompts, model.device)
     assert isinstance(inputs, Mapping)
@@ -200,20 +200,20 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     def body() -> None:
         mediator = engine.worker(model, "a sweep")
         corrupt(model, plan, prompts)
-        for access in stops:
-            held = live_value(access, mediator, batch.rows(access.tower))
-            check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
-            held.write(_changed(work, access, held.tensor, writes))
+        for access in visited:
+            live = live_value(access, mediator, batch.rows(access.tower))
+            check_length(access, live.tensor, plan.corrupted.length(access.tower, prompts[0]))
+            live.write(_changed(work, access, live.tensor, writes))
         found.append(engine.read_logits(model, at))
 
-    with torch.no_grad(), cut(model, of_rows(plan, jobs)):
+    with torch.no_grad(), cut(model, [cuts_of(plan, job) for job in jobs]):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
     logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
     return measured(work, found[0], jobs), work.cost_model.whole(plan.corrupted, prompts, logits)
 
 
 def check_length(access: Access, tensor: Tensor, length: int) -> None:
-    """Raise for a value that does not hold all tokens of its prompts, whose tokens would be taken for others."""
+    """Raise for a value whose token axis is not the prompt's: its tokens would be taken for others."""
     if tensor.shape[1] != length:
         raise ShapeError(
             f"{tensor.shape[1]} tokens stand there, and the prompts have {length}",
@@ -242,9 +242,9 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
         return
     mediator = engine.worker(model, "a sweep")
     (access,) = accesses(model, [corruption.place])
-    held = live_value(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
-    check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
-    held.write(corruption.apply(prompts, held.tensor))
+    live = live_value(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
+    check_length(access, live.tensor, plan.corrupted.length(access.tower, prompts[0]))
+    live.write(corruption.apply(prompts, live.tensor))
 
 
 reference: Executor = Executor(_reference, whole_prompts)

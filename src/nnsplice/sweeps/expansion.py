@@ -48,7 +48,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
 
 
 def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | None = None) -> list[int | Span]:
-    """The positions of a sweep, a column each; a position that no prompt has is an error."""
+    """The positions of a path, each a cell of its own; a position that no prompt has is an error."""
     lengths = edited.lengths(tower)
     position = pattern.position if position is None else position
     if position is None or isinstance(position, Slice):
@@ -62,7 +62,7 @@ def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | 
 
 
 def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
-    """The neighbouring layers of a site, itself in the middle, named or not; at the ends there are fewer."""
+    """The sites of a window of layers around a site, itself included; fewer at the first and last layers."""
     if window == 1:
         return (place,)
     layer = number_of(place, "layer")
@@ -77,7 +77,7 @@ def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
 
 
 def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
-    """The tokens of each prompt that a path means; without a position, all of them.
+    """The tokens of each prompt at a path's position; all tokens without a position.
 
     Raises:
         ShortRow: a prompt has no such token.

@@ -1,4 +1,4 @@
-"""The identity of a sweep (`asked`): the whole question, as plain data for results and journals."""
+"""The identity of a sweep as plain data, for results (`result.asked`) and journals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def asked_of(
     corruption: Corruption | None,
     source: engine.Model | None = None,
 ) -> dict[str, Any]:
-    """The sweep's identity. Timings, executors and versions are no part of it: the same ask has the same numbers."""
+    """The identity of a sweep; it leaves out timings, executors and versions, which do not change the numbers."""
     name, revision = engine.name_of(model)
     return {
         "model": name,

@@ -1,4 +1,4 @@
-"""The cells of a plan as ranges."""
+"""The cells of a plan: (prompt, target) pairs, stored as ranges of targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import overload
 
 import numpy as np
 
-#: One thing to run: the number of the prompt and of the target.
+#: A cell to compute: the numbers of its prompt and its target.
 Job = tuple[int, int]
 
 
@@ -25,7 +25,7 @@ class Jobs(Sequence[Job]):
     def __init__(self, prompts: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
         """Ranges of targets, ordered by prompt and then by their starts; use one of the class methods."""
         self._prompts, self._starts, self._stops = prompts, starts, stops
-        #: `[range]`: how many jobs there are up to its end.
+        #: `[range]`: the number of jobs up to the end of each range.
         self._until = np.cumsum(stops - starts)
 
     @classmethod
@@ -38,17 +38,17 @@ class Jobs(Sequence[Job]):
 
     @classmethod
     def of_columns(cls, prompts: np.ndarray, targets: np.ndarray) -> Jobs:
-        """Cells from their prompts' and their targets' numbers, `[job]` each."""
+        """The cells with these numbers of prompts and targets, `[job]` each."""
         if not len(prompts):
             empty = np.zeros(0, dtype=np.int32)
             return cls(empty, empty, empty)
-        wide = int(targets.max()) + 2  # so that the last of a prompt has no neighbour in the next one
-        numbers = np.sort(prompts.astype(np.int64) * wide + targets, kind="stable")
+        stride = int(targets.max()) + 2  # one more than needed, so that no range continues into the next prompt
+        numbers = np.sort(prompts.astype(np.int64) * stride + targets, kind="stable")
         numbers = numbers[np.append(True, np.diff(numbers) > 0)]
         first = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1)
         last = np.append(first[1:], len(numbers)) - 1
-        starts, stops = numbers[first] % wide, numbers[last] % wide + 1
-        return cls(*(part.astype(np.int32) for part in (numbers[first] // wide, starts, stops)))
+        starts, stops = numbers[first] % stride, numbers[last] % stride + 1
+        return cls(*(part.astype(np.int32) for part in (numbers[first] // stride, starts, stops)))
 
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> Jobs:
@@ -63,7 +63,7 @@ class Jobs(Sequence[Job]):
 
     @property
     def ranges(self) -> list[list[int]]:
-        """Plain data: prompt, first target, the one after the last."""
+        """`[prompt, first target, one after the last target]` of each range, as plain data."""
         return np.stack([self._prompts, self._starts, self._stops], 1).tolist()
 
     @property
@@ -72,7 +72,7 @@ class Jobs(Sequence[Job]):
         return np.unique(self._prompts).tolist()
 
     def columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """`[job]` each: the prompts' and the targets' numbers."""
+        """The numbers of the prompts and of the targets, `[job]` each."""
         sizes = self._stops - self._starts
         within = np.arange(len(self)) - np.repeat(self._until - sizes, sizes)
         return np.repeat(self._prompts, sizes), np.repeat(self._starts, sizes) + within

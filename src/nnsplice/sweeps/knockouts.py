@@ -1,8 +1,8 @@
-"""Knockouts: cells in which queries do not attend to some keys."""
+"""Attention knockout: cells in which a query does not attend to some keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
@@ -19,10 +19,10 @@ _EDGE = "layers[3].heads[1].pattern[-1][2]"
 
 
 def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:
-    """Check that a knockout is of edges, that edges are knocked out, and that every query keeps a key.
+    """Check that the operation and the sites fit: a knockout cuts edges, and edges are only cut.
 
     Raises:
-        BadArgument: one of these is not so.
+        BadArgument: a knockout of something else, another operation on an edge, or a query that would lose all keys.
     """
     for target in targets:
         for part in target.parts:
@@ -54,7 +54,7 @@ def check(model: engine.Model, operation: Operation, targets: Sequence[Target], 
 
 
 def _check_rest(model: engine.Model, target: Target, edited: Prompts) -> None:
-    """Raise where a query would lose every key that it can see."""
+    """Raise if a query would lose all keys that it can see."""
     causal = edited.is_causal(model)
     for prompt in range(len(edited)):
         lost: dict[tuple[object, int], set[int]] = {}
@@ -84,8 +84,3 @@ def cuts_of(plan: Plan, job: Job) -> tuple[Cut, ...]:
     return tuple(
         Cut(place, tuple(plan.edges(part, job[0]))) for part in plan.targets[job[1]].parts for place in part.places
     )
-
-
-def of_rows(plan: Plan, jobs: Iterable[Job]) -> list[tuple[Cut, ...]]:
-    """The same of each row of a batch."""
-    return [cuts_of(plan, job) for job in jobs]

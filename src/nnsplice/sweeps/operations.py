@@ -1,8 +1,8 @@
 """Operations of a sweep: replace a value, add to it, compute it, or cut an attention edge.
 
-Seven names and functions, four ways: `patch`, `mean` and `resample` replace by a value from elsewhere, `add` and
-`noise` add one, `zero` and a function of the user's compute the new value from the current one, and `knockout` takes
-keys out of the softmax of a query.
+There are four ways to change a run: `patch`, `mean` and `resample` replace a value by one from another run or capture;
+`add` and `noise` add a value; `zero` and a function of the user's compute the new value from the current one; and
+`knockout` removes keys from the softmax of a query.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Operation:
 
     @property
     def reads(self) -> bool:
-        """Whether the new value depends on the one that the run computed, in another way than by adding to it."""
+        """Whether the current value is needed to compute the new one (an addition does not need it)."""
         return self.way == "compute" or self.name == "noise" or self.subspace is not None
 
     @property
@@ -85,13 +85,13 @@ class Operation:
         assert value is not None
         value = value.to(current)
         if self.name == "noise":
-            # Standard normal numbers are scaled to the mean size of the value's numbers.
+            # Standard normal noise, scaled to the root mean square of the current value.
             value = value * current.pow(2).mean(-1, keepdim=True).sqrt()
         return value.expand_as(current) if self.way == "replace" else current + value
 
 
 def check_width(subspace: Subspace, width: int, place: object = None) -> None:
-    """Raise for a site of another width."""
+    """Raise for a site of another width than the subspace."""
     if subspace.width != width:
         raise ShapeError(
             f"this site is {width} wide, and the subspace is of {subspace.place}, which is {subspace.width} wide",
@@ -101,7 +101,7 @@ def check_width(subspace: Subspace, width: int, place: object = None) -> None:
 
 
 def operation_of(given: str | Callable[[Tensor], Tensor], subspace: Subspace | None = None) -> Operation:
-    """The operation that a name or a function means, on all of a value or on its part in a subspace."""
+    """The operation of a name or a function, on the whole value or on its part in a subspace."""
     operation = _named(given)
     if subspace is None:
         return operation

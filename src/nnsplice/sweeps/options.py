@@ -1,4 +1,4 @@
-"""Options that are passed on: unknown ones are reported by the function that was called."""
+"""Keyword options that a function passes on to others: unknown ones are reported by the function that was called."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from nnsplice.errors import BadType, closest
 
-#: The options of `ns.run`, which a question passes on.
+#: The options of `ns.run`, which `ns.ablate` and others pass on.
 RUNNING = ("executor", "max_tokens", "journal", "progress")
 
 
 def known_of(outer: Callable[..., Any], inner: Callable[..., Any], but: Collection[str] = ()) -> tuple[str, ...]:
-    """The names of a question's options: its own, those of the function it calls, and those of `ns.run`."""
+    """The option names of a function: its own, those of the function it calls, and those of `ns.run`."""
     own, handed = (inspect.signature(function).parameters.values() for function in (outer, inner))
     named = [p.name for p in (*own, *handed) if p.kind is p.KEYWORD_ONLY and p.name not in but]
     return tuple(dict.fromkeys([*named, *RUNNING]))

@@ -1,7 +1,6 @@
-"""Values from another model on the same prompts.
+"""Values from another model's run of the same prompts.
 
-Both have to mean the same by a token and by a site: the same ids for the same texts, sites of the same names, of the
-same widths.
+Both models must have the same tokens for the same texts, and the same sites with the same widths.
 """
 
 from __future__ import annotations
@@ -26,10 +25,14 @@ from nnsplice.sweeps.targets import Target
 def check(
     model: engine.Model, other: engine.Model, prompts: Prompts, operation: Operation, *, pair: bool, corrupts: bool
 ) -> None:
-    """Raise for another model that does not read the same tokens, and for a question that has two prompts as well.
+    """Raise if values of another model cannot be patched: other tokens, other prompts, or another operation.
+
+    Args:
+        pair: whether there are corrupted prompts.
+        corrupts: whether there is a corruption.
 
     Raises:
-        BadArgument: which it is.
+        BadArgument: the reason.
     """
     if pair or corrupts or operation.name != "patch":
         raise BadArgument(
@@ -70,7 +73,7 @@ def _vocabulary(model: engine.Model) -> int | None:
 
 
 def counterparts(other: engine.Model, targets: Sequence[Target]) -> dict[Path, Path]:
-    """Each site, and the same of the other model."""
+    """The sites of targets, each with the same site of the other model."""
     found: dict[Path, Path] = {}
     for place in dict.fromkeys(place.place for target in targets for place in target.places):
         with circumstances("the source"):
@@ -83,7 +86,8 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
     """Raise for a site that the other model does not have, or has in another width.
 
     Raises:
-        ShapeError: the widths.
+        ShapeError: the widths differ.
+        BadArgument: a pattern, or features of another SAE.
     """
     pairs = counterparts(other, targets)
     closures.require(other, pairs.values(), written=True)
@@ -110,17 +114,18 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
 
 
 def check_saes(plan: Plan, other: engine.Model) -> None:
-    """Raise where the features of a plan are those of another SAE in the source.
+    """Raise if the source has other SAEs than the plan was made with.
 
     Raises:
-        BadArgument, UnknownPath: so it is.
+        BadArgument: an SAE of the same name is another one.
+        UnknownPath: an SAE is not attached.
     """
     with circumstances("the source"):
         features.check_identities(other, plan.asked.get("saes", {}), "the plan")
 
 
 def identical(model: engine.Model, other: engine.Model) -> bool:
-    """Whether two models are one by their weights and their configs, so that no value of them can differ."""
+    """Whether two models have the same weights and config, and no hooks, so that no value can differ."""
     if model is other:
         return True
     configs = [_config(one) for one in (model, other)]
@@ -137,20 +142,29 @@ def _config(model: engine.Model) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
 
 
+def check_given(plan: Plan, source: Any, write: str) -> None:
+    """Raise for a missing source, or one that the plan does not use.
+
+    Args:
+        write: the call with a source.
+    """
+    if plan.foreign and source is None:
+        raise BadArgument("the plan takes its values from another model", expected="that model", write=write)
+    if source is not None and not plan.foreign:
+        raise BadArgument(
+            "the plan takes its values from the model itself, so a source would do nothing", expected="no source"
+        )
+
+
 def source_of(plan: Plan, source: Any) -> engine.Model | None:
     """The other model of a plan, checked.
 
     Raises:
-        BadArgument: it is missing, or another than the plan was made with.
+        BadArgument: it is missing, or has other weights than the one that the plan was made with.
     """
-    if not plan.foreign:
-        if source is not None:
-            raise BadArgument("the plan takes its values from the model itself, so a source would do nothing")
-        return None
+    check_given(plan, source, "ns.run(plan, model, source=)")
     if source is None:
-        raise BadArgument(
-            "the plan takes its values from another model", expected="that model", write="ns.run(plan, model, source=)"
-        )
+        return None
     other = engine.as_model(source)
     asked = plan.asked.get("source")
     if not isinstance(asked, Mapping) or asked.get("weights") != engine.weights_digest(other):

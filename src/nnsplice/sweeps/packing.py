@@ -1,4 +1,4 @@
-"""The packed executor: jobs as rows of the packed engine."""
+"""The packed executor: each job is a row of the packed engine (`nnsplice.packed`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import cuts_of
 from nnsplice.sweeps.targets import TargetPart
 
-#: Where the memo of a work has the prompts whose recorded pass several runs of jobs share.
+#: Key of `Work.memo`: the prompts of the recorded pass that several chunks of jobs share.
 SHARED = "shared"
 
 
 def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
-    """The values of jobs; their prompts may have different lengths.
+    """The metric of each job, and the cost; the prompts may have different lengths.
 
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
@@ -37,22 +37,22 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
 
 
 def run_rows(work: Work, jobs: Sequence[Job]) -> PackedResult:
-    """Jobs side by side, of which no metric is taken yet."""
+    """Run jobs together, without the metric."""
     return engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs], prompts=work.memo.get(SHARED))
 
 
 def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
-    """What a job asks of the engine.
+    """The packed row of a job.
 
     Args:
-        change: the change of its values, if it is not the plan's operation.
+        change: replaces the plan's operation.
     """
     plan, prompt = work.plan, job[0]
     target = plan.targets[job[1]]
     same = plan.shared_start(target, prompt)
     edits: list[Edit] = []
     for part in () if plan.operation.way == "cut" else target.parts:
-        # Before their first difference both runs are equal, so a patch there changes nothing.
+        # The two runs of a pair are equal before their first different token, so a patch there changes nothing.
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
             Edit.made(
@@ -77,10 +77,10 @@ def _values(work: Work, prompt: int, part: TargetPart, place: Path, tokens: Mapp
 
 
 def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
-    """The runs that jobs are edits of: the corrupted ones.
+    """The corrupted runs, which the jobs edit.
 
     Args:
-        keep: sites whose values are kept of them.
+        keep: sites whose values in these runs are kept.
     """
     if "base" not in work.memo:
         around = lambda prompts: _corrupted(work, prompts)  # noqa: E731
@@ -89,17 +89,17 @@ def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
 
 
 def corrupted_logits(work: Work, prompts: Sequence[int]) -> tuple[Tensor, Cost]:
-    """The logits of corrupted prompts where the metric reads, from the recorded pass that their jobs begin from."""
+    """The logits of corrupted runs where the metric reads, `[prompt, vocab]`, from the recorded pass; and the cost."""
     recording, spent = engine_of_rows.recorded(base_of(work), prompts)
     work.memo[SHARED] = recording.prompts
     lengths = work.plan.corrupted.lengths("decoder")
     position = work.plan.metric.metric.position
     read = [recording.bases[prompt] + position % lengths[prompt] for prompt in prompts]
-    return recording.head.logits(recording.entering[-1][read]), spent + _head(work, recording.head, len(read))
+    return recording.head.logits(recording.entering[-1][read]), spent + _head_cost(work, recording.head, len(read))
 
 
 def forget(work: Work) -> None:
-    """Let go of the recorded pass; from here on every run of jobs records the prompts that it is about."""
+    """Free the recorded pass; later chunks each record their own prompts."""
     for name in (SHARED, "recording"):
         work.memo.pop(name, None)
 
@@ -125,7 +125,10 @@ packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupt
 
 
 def measured_states(work: Work, head: Head, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
-    """The metric of each job, and the cost; as many rows of logits at once as fit."""
+    """The metric of each job from its final state `[job, width]`, and the cost.
+
+    Logits are computed for as many rows at once as fit into memory.
+    """
     metric = work.plan.metric
     if head.plain and metric.metric.local:
         prompts = [prompt for prompt, _ in jobs]
@@ -137,10 +140,10 @@ def measured_states(work: Work, head: Head, states: Tensor, jobs: Sequence[Job])
     for start in range(0, len(jobs), step):
         some = slice(start, start + step)
         values += measured(work, head.logits(states[some]), jobs[some])
-    return values, _head(work, head, len(jobs))
+    return values, _head_cost(work, head, len(jobs))
 
 
-def _head(work: Work, head: Head, rows: int) -> Cost:
+def _head_cost(work: Work, head: Head, rows: int) -> Cost:
     return Cost(flops=rows * work.cost_model.per_token(head.tower.unembed))
 
 
@@ -149,7 +152,7 @@ def _head(work: Work, head: Head, rows: int) -> Cost:
 
 @contextmanager
 def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
-    """While this lasts, runs of these prompts have the plan's corruption."""
+    """In this block, runs of these prompts have the plan's corruption."""
     corruption = work.plan.corruption
     if corruption is None:
         yield
@@ -158,6 +161,6 @@ def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
     def corrupt(states: Tensor) -> Tensor:
         return corruption.apply(prompts, states)
 
-    # Before whatever else listens there: the runs that rows start from begin with what is made here.
+    # Before all other hooks there, so that the recorded run includes the corruption.
     with engine.changing(unwrap(work.model), site_of(corruption.place), corrupt, first=True):
         yield

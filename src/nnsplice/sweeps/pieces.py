@@ -1,4 +1,4 @@
-"""Plans cut into units: whole prompts, short ones together, long ones by layers."""
+"""Cuts of a plan into units: several short prompts, one prompt, or some layers of a long prompt."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def pieces(
 
     Args:
         lengths: `[prompt]`, in tokens.
-        unedited: `[prompt]`, what its runs without an edit cost, which every piece with it makes.
-        totals: `[prompt]`, what all of its cells cost.
-        each: of a prompt `[target]`, what each of its cells costs, in execution order.
+        unedited: `[prompt]`, the cost of its runs without an edit, which every piece of the prompt repeats.
+        totals: `[prompt]`, the cost of all of its cells.
+        each: a function of a prompt: the cost of each of its cells, `[target]`, in execution order.
     """
     found: list[PlanPiece] = []
     together: list[int] = []
@@ -47,7 +47,7 @@ def pieces(
 
 
 def _stretches(costs: np.ndarray, total: float, size: float) -> list[tuple[int, int | None]]:
-    """Ranges of targets of about one cost each; the last has no end, so that nothing is left out."""
+    """Ranges of targets of about equal cost; the last one is open, so that no target is left out."""
     parts = min(math.ceil(total / size), max(int(np.count_nonzero(costs)), 1))
     until = np.cumsum(costs)
     bounds = np.searchsorted(until, until[-1] * np.arange(1, parts) / parts, side="left") + 1 if len(costs) else []

@@ -44,9 +44,9 @@ class Plan(PlannedCells, Planned[SweepResult]):
         owners: for answers of several tokens, the prompt of each run.
         appended: for answers of several tokens, how many of them are appended in each run.
         foreign: whether the clean run is another model's.
-        numbers: of a part, the numbers that its runs have in the whole plan; what is drawn for a prompt (noise, samples
-            of a reference) goes by its number, and is the same in every part.
-        of: of a part, the number of runs of the whole plan.
+        numbers: for a part, the number of each of its runs in the whole plan. Noise and samples are drawn
+            by this number, so they are the same in every part.
+        of: for a part, the number of runs of the whole plan.
     """
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Plan(PlannedCells, Planned[SweepResult]):
         return f"Plan: {self.preview(0).splitlines()[0]}"
 
     def preview(self, n: int = 10) -> str:
-        """The first cells, and how many are computed and how many known in advance.
+        """The number of cells to compute and of cells known in advance, and the first cells.
 
         Args:
             n: how many cells are listed.
@@ -149,23 +149,23 @@ class Plan(PlannedCells, Planned[SweepResult]):
     def units(
         self, size: float | None = None, *, executor: str = "auto", max_tokens: int = MAX_TOKENS
     ) -> tuple[Unit, ...]:
-        """The plan in units of work for other processes: each a plan, together every cell once, the same ones always.
+        """Split the plan into units of work for other processes. Each cell is in one unit, and each unit is a plan.
 
-        Units are cut by the plan alone and never by how many workers there are, as a number is rounded otherwise beside
-        others. A unit has whole prompts: short ones together, and of a long one a stretch of its layers.
+        The units depend on the plan and never on the number of workers, as batching affects rounding. A unit has
+        several short prompts, one prompt, or some layers of a long prompt.
 
         >>> plan = ns.plan_sweep(model, ["w3 w4", "w5"], ["w6 w4", "w9"], "layers[:].output[:]", ns.logit_diff(7, 8))
         >>> [(unit.number, unit.prompts, len(unit.plan)) for unit in plan.units(size=10)]
         [(0, (0,), 2), (1, (0,), 3), (2, (1,), 3)]
 
         Args:
-            size: how much work a unit is about, in tokens times layers that are run; 2.5 million if left out, which
-                take a model of 8 billion parameters some seconds on a GPU.
+            size: the approximate work of a unit, in tokens times layers; 2.5 million if left out, which takes a model
+                of 8 billion parameters some seconds on a GPU.
             executor: as for `ns.run`; with `"auto"` the workers of a run agree on one.
-            max_tokens: how many tokens run at once, on every machine alike.
+            max_tokens: the number of tokens that run at once, the same on every machine.
 
         Returns:
-            The units, in the order in which they are taken.
+            The units, in the order in which workers take them.
 
         Raises:
             BadArgument: a size of 0 or less.
@@ -178,7 +178,7 @@ class Plan(PlannedCells, Planned[SweepResult]):
         return tuple(Unit(number, piece, executor, max_tokens, self) for number, piece in enumerate(found))
 
     def costs_of_prompts(self) -> np.ndarray:
-        """`[prompt]`: the work of all of its cells, by which units are cut."""
+        """`[prompt]`: the work of all cells of each prompt, in tokens times layers."""
         return self._costs()[1]
 
     def estimate(self, size: float | None = None) -> Estimate:
@@ -203,12 +203,12 @@ class Plan(PlannedCells, Planned[SweepResult]):
         return Estimate(len(self.jobs), len(self.known), len(units), work, naive)
 
     def costs(self) -> list[float]:
-        """In tokens times layers, about how much work each prompt is."""
+        """The approximate work of each prompt with its unedited runs, in tokens times layers."""
         unedited, totals, _ = self._costs()
         return (unedited[: self.prompts] + totals).tolist()
 
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
-        """Costs in tokens times layers: of each prompt without edits, of each with all edits, and of each cell."""
+        """In tokens times layers: the unedited runs of each prompt, all its cells, and a function for single cells."""
         layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])
         layers = int(layer.max()) + 1
         tokens = np.zeros((len(self.alike), len(self.targets)), dtype=np.float32)
@@ -237,7 +237,7 @@ class Plan(PlannedCells, Planned[SweepResult]):
 
     @property
     def _whole(self) -> int:
-        """The number of prompts of the whole."""
+        """The number of prompts of the whole plan."""
         return self.asked[PART]["of"] if PART in self.asked else self.prompts
 
 
@@ -245,13 +245,13 @@ class Plan(PlannedCells, Planned[SweepResult]):
 class Estimate:
     """The work of a plan, in tokens times layers."""
 
-    #: To compute, and known without.
+    #: The cells to compute, and those known in advance.
     cells: int
     known: int
     units: int
-    #: On packed rows, in units: each cell from its layer and its token on, and the unedited runs of every unit.
+    #: With packed rows, in units: each cell from its first changed layer and token on, and each unit's unedited runs.
     work: float
-    #: With a run of the whole prompt for each cell.
+    #: With a full forward pass for each cell.
     naive: float
 
 
@@ -272,7 +272,7 @@ class Unit:
 
     @cached_property
     def plan(self) -> Plan:
-        """Its cells, as a plan that runs its own prompts and no others."""
+        """Its cells, as a plan of its own prompts."""
         part = self.whole.take(self.prompts)
         start, stop = self.piece.start, self.piece.stop
         if start == 0 and stop is None:

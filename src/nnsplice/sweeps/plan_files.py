@@ -1,4 +1,4 @@
-"""A plan as plain data and tensors, and the same plan again in another process. Nothing is unpickled."""
+"""The files of a plan: plain data and tensors, written and read back in another process. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnsplice.results import Cell
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.corruption import Corruption
 from nnsplice.sweeps.jobs import Jobs
-from nnsplice.sweeps.operations import NAMES, Operation, operation_of
+from nnsplice.sweeps.operations import NAMES, operation_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.targets import At, Target, TargetPart
 from nnsplice.units import changed, function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
@@ -26,21 +26,21 @@ from nnsplice.work import write_json
 
 PLAN, REFERENCE, CORRUPTION = "plan.json", "reference.safetensors", "corruption.safetensors"
 SUBSPACE = "subspace.safetensors"
-#: The fields of a plan that these files hold. A plan with other fields set is refused.
-_HELD = {
+#: The fields of a plan that are written. A plan with other fields set is refused.
+_WRITTEN = {
     "corrupted", "clean", "targets", "metric", "operation", "reference", "align", "seed", "jobs", "known", "asked",
     "corruption", "tokens", "owners", "appended", "numbers", "of", "foreign",
 }  # fmt: skip
 
 
 def plain_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data, but for the tensors of its reference and its corruption.
+    """A plan as plain data, without its tensors.
 
     Raises:
         BadArgument: its metric or its operation is a function that other processes cannot find.
     """
     for field in dataclasses.fields(plan):
-        if field.name not in _HELD and getattr(plan, field.name) not in (None, (), 0, ""):
+        if field.name not in _WRITTEN and getattr(plan, field.name) not in (None, (), 0, ""):
             raise BadArgument(f"a plan with {field.name}= cannot be given to other processes", expected="one without")
     corruption = plan.corruption
     return {
@@ -79,7 +79,7 @@ def plain_plan(plan: Plan) -> dict[str, Any]:
 
 
 def write_tensors(plan: Plan, folder: FilePath) -> None:
-    """Write the tensors of a plan."""
+    """Write the tensors of a plan: reference, subspace, corruption."""
     from safetensors.torch import save_file
 
     if plan.reference is not None:
@@ -99,10 +99,10 @@ def write_plan(plan: Plan, folder: FilePath, **more: Any) -> None:
 
 
 def read_plan(record: Mapping[str, Any], folder: str | os.PathLike[str], model: engine.Model) -> Plan:
-    """The plan that plain data and the tensors beside it say, for this model.
+    """The plan from plain data and the tensors beside it, for this model.
 
     Raises:
-        BadArgument: a function is another one here, so that other numbers would come out.
+        BadArgument: the metric or the operation is a function with other code here.
     """
     from safetensors.torch import load_file
 
@@ -118,16 +118,18 @@ def read_plan(record: Mapping[str, Any], folder: str | os.PathLike[str], model: 
         corruption = Corruption(place, positions, each, corruption["overwrites"])
     reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if record["reference"] else None
     subspace = Subspace.from_file(FilePath(folder) / SUBSPACE) if record["subspace"] else None
+    operation = record["operation"]
+    operation = operation if isinstance(operation, str) else function_of(operation, "operation")
     plan = Plan(
         corrupted=edited, clean=source, targets=_targets(record["targets"], model), metric=metric_of(record["metric"]),
-        operation=_operation_of(record["operation"], subspace), reference=reference, align=record["align"],
+        operation=operation_of(operation, subspace), reference=reference, align=record["align"],
         seed=record["seed"], jobs=Jobs.of_ranges(record["jobs"]), known=Jobs.of_ranges(record["known"]),
         asked=record["asked"], corruption=corruption, tokens=tuple(tuple(each) for each in record["tokens"]),
         owners=tuple(record["owners"]), appended=tuple(record["appended"]), numbers=tuple(record["numbers"]),
         of=record["of"], foreign=record["foreign"],
     )  # fmt: skip
     features.check_identities(model, plan.asked.get("saes", {}), "the plan")
-    # The whole operation: an option that these files do not hold is refused, not dropped.
+    # Compared as a whole, so that an option that is not written is refused instead of dropped.
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
     there = {"operation": record["asked"]["operation"], "metric": _sources(record["asked"]["metric"])}
     for name in here:
@@ -189,13 +191,6 @@ def _at_of(record: Any) -> At:
     if isinstance(record, dict):
         return Span(record["span"], record["token"]) if "span" in record else Slice(*record["slice"])
     return record
-
-
-# --- functions --------------------------------------------------------------------------------------------------------
-
-
-def _operation_of(record: str | Mapping[str, str], subspace: Subspace | None) -> Operation:
-    return operation_of(record if isinstance(record, str) else function_of(record, "operation"), subspace)
 
 
 def _sources(identity: Any) -> Any:

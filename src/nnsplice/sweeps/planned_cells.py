@@ -1,4 +1,4 @@
-"""The cells of a plan, and the tokens that each changes in each prompt."""
+"""The cells of a plan, and the tokens that each cell changes in each prompt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PlannedCells:
     of: int = 0
 
     def __post_init__(self) -> None:
-        # Any cells will do, in any order.
+        # Given as any (prompt, target) pairs, in any order.
         object.__setattr__(self, "jobs", Jobs.of(self.jobs))
         object.__setattr__(self, "known", Jobs.of(self.known))
 
@@ -59,7 +59,7 @@ class PlannedCells:
         return self.of or len(self.corrupted)
 
     def number(self, run: int) -> int:
-        """The number of a run in the whole.
+        """The number of a run in the whole plan.
 
         Args:
             run: its index here.
@@ -68,7 +68,7 @@ class PlannedCells:
 
     @cached_property
     def runs_of(self) -> list[list[int]]:
-        """`[prompt]`: its runs, of which there are several where answers have several tokens."""
+        """The runs of each prompt: several if its answer has several tokens."""
         if not self.owners:
             return [[run] for run in range(len(self.corrupted))]
         found: list[list[int]] = [[] for _ in range(self.prompts)]
@@ -105,10 +105,10 @@ class PlannedCells:
 
     @cached_property
     def alike(self) -> list[list[int]]:
-        """Prompts in groups, whose members have the same tokens in every target.
+        """Groups of prompts that have the same tokens at every target.
 
-        Planning computes once for each group and each of `positions_alike`, so that it takes as long as there are
-        lengths and spans, and not as long as there are cells.
+        Planning computes once per group and entry of `positions_alike`, so its time grows with the number of different
+        lengths and spans, and not with the number of cells.
         """
         positions = [at for target in self.targets for part in target.parts for at in (part.position, part.key)]
         names = {at.name for at in positions if isinstance(at, Span)} | ({"subject"} if self.align == "role" else set())
@@ -123,7 +123,7 @@ class PlannedCells:
 
     @cached_property
     def positions_alike(self) -> list[list[int]]:
-        """Targets in groups: those that are changed at the same tokens."""
+        """Groups of targets that are changed at the same tokens."""
         groups: dict[Hashable, list[int]] = {}
         for number, target in enumerate(self.targets):
             groups.setdefault(tuple((p.tower, p.position, p.key) for p in target.parts), []).append(number)
@@ -140,7 +140,7 @@ class PlannedCells:
         return found
 
     def has(self, target: Target, prompt: int) -> bool:
-        """Whether a prompt has the tokens of a cell, and the other prompt of the pair their counterparts.
+        """Whether a prompt has the tokens of a cell, and the clean prompt their counterparts.
 
         Args:
             target: the cell.
@@ -158,12 +158,12 @@ class PlannedCells:
         return all(self._partner(part, prompt, token) is not None for token in tokens)
 
     def _own(self, part: TargetPart, prompt: int) -> int:
-        """The number of tokens of a prompt that positions count, without appended answer tokens."""
+        """The length of a prompt for positions: without the appended tokens of its answer."""
         length = self.corrupted.length(part.tower, prompt)
         return length - self.appended[prompt] if self.appended else length
 
     def _partner(self, part: TargetPart, prompt: int, token: int) -> int | None:
-        """The clean prompt's token that an edited one's corresponds to, where values come from there."""
+        """The clean prompt's token that corresponds to a token of the edited prompt; None if there is none."""
         if self.clean is None or self.align == "position" or self.operation.name != "patch":
             return token
         if self.align == "role":
@@ -177,10 +177,10 @@ class PlannedCells:
         Args:
             part: the site and position.
             prompt: the number of the prompt.
-            of_clean: their counterparts in the clean prompt instead.
+            of_clean: the corresponding tokens of the clean prompt instead.
         """
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
-        # All tokens are also those that are appended of an answer.
+        # Without a position all tokens are changed, also the appended tokens of an answer.
         every = part.position is None
         length = self.corrupted.length(part.tower, prompt) if every else self._own(part, prompt)
         own = own_tokens(part.position, prompts, prompt, length)

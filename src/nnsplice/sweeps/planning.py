@@ -25,7 +25,7 @@ from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.pruning import same, split
 from nnsplice.sweeps.role_alignment import partner
-from nnsplice.sweeps.sequences import spread
+from nnsplice.sweeps.sequences import answer_runs
 from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.targets import Target
 from nnsplice.warn import warn_caller
@@ -118,7 +118,7 @@ def plan_sweep(
         reference = None if reference is None else reference._located(model)
         runs = None
         if isinstance(metric, Metric) and metric.sequence:
-            runs = spread(model, metric, edited, there, align)
+            runs = answer_runs(model, metric, edited, there, align)
             bound = runs.metric
         else:
             texts = edited.texts if edited.decoder_ids is None else None
@@ -132,7 +132,7 @@ def plan_sweep(
         if other is not None:
             other_model.check_places(model, other, edited, targets)
         elif chosen.name == "patch" and corruption is None:
-            _tell_of_sameness(edited, there)
+            _warn_of_equal_pairs(edited, there)
     tokens = edited.token_texts(model, targets[0].tower if targets else "encoder")
     scored = bound.identity if runs is None else runs.identity
     asked = asked_of(model, edited, there, targets, scored, chosen, reference, window, align, seed, corruption, other)
@@ -163,8 +163,7 @@ def _prompts(
     source = None if clean is None else encode(model, clean, spans_clean, images=True, sounds=True)
     edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True, sounds=True)
     assert edited is not None
-    if edited.values is not None:
-        raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
+    edited.require_tokens("a sweep is over")
     if source is not None and len(source) != len(edited):
         raise ShapeError(
             f"{len(source)} clean prompts and {len(edited)} corrupted ones", expected="pairs: prompt i with prompt i"
@@ -243,8 +242,8 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
             )
 
 
-def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
-    """Say so where a question has an answer, and is not likely to be the one that was meant."""
+def _warn_of_equal_pairs(edited: Prompts, source: Prompts | None) -> None:
+    """Warn where both prompts of every pair are equal, so that no cell can differ."""
     if source is not None and source is not edited and all(same(edited, source, row) for row in range(len(edited))):
         warn_caller(
             "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value"
@@ -252,7 +251,7 @@ def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
 
 
 def nothing_differs() -> BadArgument:
-    """The error for a patch between two runs that are one."""
+    """The error for a patch without corrupted prompts."""
     return BadArgument(
         "corrupted is None, so patching would change nothing",
         expected="corrupted prompts in which something differs",

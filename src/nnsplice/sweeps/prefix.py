@@ -1,8 +1,7 @@
-"""Runs that start at the first layer that differs.
+"""Runs with changed weights that skip the blocks before the first changed one.
 
-The outputs of all blocks are recorded in one run. Later a block that is not reached by the change answers with what it
-answered then, without computing. Whether that gives the same logits, to the bit, is tried on the model at hand; where
-it does not, every run is a whole one.
+The outputs of all blocks are recorded in one run, and a skipped block returns its recorded output. Whether this gives
+bit-identical logits is checked on the model at hand; if not, no block is skipped.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from nnsplice.atlas import Atlas, Block, Selection, unwrap
 
 @dataclass(frozen=True)
 class Prefix:
-    """The outputs of a model's blocks in one run; empty where they cannot be reused."""
+    """The outputs of a model's blocks in one run; empty if they cannot be reused."""
 
     blocks: Sequence[nn.Module] = ()
     outputs: Sequence[Any] = ()
-    #: Parameter -> the number of the first block that it changes; others change the run from its start.
+    #: Parameter -> the number of the first block that depends on it; other parameters are used from the start.
     reach: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, run: Callable[[], Tensor]) -> Prefix:
-        """Record a run, and check whether its logits follow from its last block."""
+        """Record a run, and check that its logits follow from the recorded outputs."""
         atlas, root = Atlas.of(model), unwrap(model)
         order = sorted(atlas.towers.values(), key=lambda tower: tower.name != "encoder")
         blocks = [block for tower in order for block in tower.blocks]
@@ -46,7 +45,7 @@ class Prefix:
 
     @contextmanager
     def before(self, selection: Selection) -> Iterator[int]:
-        """Leave out the blocks that these weights do not reach; the value is how many."""
+        """Skip the blocks before the first one that depends on these weights; yields their number."""
         count = min((self.reach.get(name, 0) for name in selection), default=0)
         with self._skipping(count):
             yield count
@@ -56,7 +55,7 @@ class Prefix:
         before = [module.__dict__.get("forward") for module in self.blocks[:count]]
         try:
             for module, output in zip(self.blocks[:count], self.outputs, strict=False):
-                module.__dict__["forward"] = _answer(output)
+                module.__dict__["forward"] = _returning(output)
             yield
         finally:
             for module, forward in zip(self.blocks[:count], before, strict=True):
@@ -66,7 +65,7 @@ class Prefix:
                     module.__dict__["forward"] = forward
 
 
-def _answer(output: Any) -> Callable[..., Any]:
+def _returning(output: Any) -> Callable[..., Any]:
     # A copy each time: some models add into the stream in place.
     return lambda *args, **kwargs: _copy(output)
 
@@ -95,7 +94,7 @@ def _copy(value: Any) -> Any:
 
 
 def _reach(atlas: Atlas, blocks: Sequence[Block]) -> dict[str, int]:
-    """The parameters that belong to one block only."""
+    """The parameters that belong to a single block, with its number."""
     tree = atlas.tree
     shared = set(tree.aliases.values())
     reach: dict[str, int] = {}

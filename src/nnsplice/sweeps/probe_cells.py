@@ -1,4 +1,4 @@
-"""The cells of the trial: few, with every property that some cell of the plan has."""
+"""The cells of the trial of an executor: a few that cover all properties of the plan's cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CELLS, LAYERS = 4, 6
 
 
 def probe_cells(work: Work) -> list[Job]:
-    """Few jobs that have every property that some job of the plan has."""
+    """A few jobs that together have every property of the plan's jobs."""
     chosen = random.Random(0)
     lengths = dict(zip((job[0] for job in work.plan.jobs), whole_prompts(work, work.plan.jobs), strict=True))
     ends = {max(lengths, key=lengths.__getitem__): "longest", min(lengths, key=lengths.__getitem__): "shortest"}
@@ -45,12 +45,12 @@ def _properties(
     yield from kinds_of_target(target)
     for part in target.parts:
         yield "layer", kinds.get((part.tower, part.cell.layer))
-    # Before the window of the last token, and within it.
+    # The third of the prompt that the first changed token is in.
     yield prompt, 3 * min(min(work.plan.positions(part, job[0])) for part in target.parts) // length
 
 
 def kinds_of_target(target: Target) -> Iterator[Hashable]:
-    """The properties of a cell that may need another executor: kinds of site, and their order in a set."""
+    """Properties of a cell that may need another executor: its kinds of site, and the layers of a set."""
     for part in target.parts:
         yield "kind", part.cell.component, type(part.position), len(part.places)
     layers = [part.cell.layer for part in target.parts]
@@ -63,9 +63,9 @@ def _kinds_of_layer(work: Work) -> dict[tuple[str, int | None], Hashable]:
     found: dict[tuple[str, int | None], Hashable] = {}
     for tower in Atlas.of(root).towers.values():
         blocks = [root.get_submodule(block.module) for block in tower.blocks]
-        kinds: list[Hashable] = [_built(block, settings=True) for block in blocks]
-        if len(set(kinds)) > LAYERS:  # some setting numbers them
-            kinds = [_built(block, settings=False) for block in blocks]
+        kinds: list[Hashable] = [_structure_of(block, settings=True) for block in blocks]
+        if len(set(kinds)) > LAYERS:  # a setting that differs in each layer, such as its number
+            kinds = [_structure_of(block, settings=False) for block in blocks]
         order = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
         last = len(blocks) - 1
         for number, kind in enumerate(kinds):
@@ -73,7 +73,7 @@ def _kinds_of_layer(work: Work) -> dict[tuple[str, int | None], Hashable]:
     return found
 
 
-def _built(block: nn.Module, *, settings: bool) -> Hashable:
+def _structure_of(block: nn.Module, *, settings: bool) -> Hashable:
     return tuple(
         (
             name,

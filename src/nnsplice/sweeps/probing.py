@@ -1,7 +1,7 @@
-"""The trial: a few cells of a plan in every executor, compared with runs of their own.
+"""The trial of executors: a few cells of a plan in each executor, compared with one run per cell.
 
-The cells stand for the job: its longest prompt and its shortest, every kind of site, layers of every kind, tokens at
-both ends. What is compared is where the logits point, whatever the metric.
+The cells represent the plan: its longest and its shortest prompt, each kind of site and of layer, early and late
+tokens. Compared is a projection of the logits (`rounding.direction`), whatever the metric is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nnsplice.sweeps.rounding import (
     tolerance,
 )
 
-#: The key of a work's memo for the jobs that ran beside the cells, with their values: the whole plan.
+#: Key of `Work.memo`: all jobs of a small plan and their values, where the trial ran the whole plan.
 PROBE_VALUES = "probe values"
 
 
@@ -47,19 +47,19 @@ class ProbeResult:
     note: str
     #: Prompts up to this length were tried.
     longest: int
-    #: Why packed rows are not used.
+    #: Why packed rows are not used; empty if they are.
     refused: str = ""
-    #: How packed rows come by their attention.
+    #: The way of the recording that packed rows start from: one of `packed.recording.WAYS`.
     way: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The cells in one way of running, compared with single runs."""
+    """The comparison of cells in one executor with one run per cell."""
 
-    #: The first cell that differs, in words; empty where none does.
+    #: A message about the first cell that differs; empty if none does.
     differs: str
-    #: How far the metric was off at most.
+    #: The largest difference of the metric.
     off: float
     cost: Cost
     #: The values of all jobs that ran.
@@ -70,16 +70,16 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
     """Try all ways on a few cells, the fastest first, until one agrees with one run per cell.
 
     Args:
-        room: a plan whose jobs fit into so many tokens is packed as a whole, and the cells are compared in the very run
-            that gives all values; these are left in the memo as `RAN` where the cells agree, and else thrown away.
+        room: a plan whose jobs fit into this many tokens is run as a whole, and the cells are compared in that run; if
+            they agree, the values of all jobs are kept in the memo under `PROBE_VALUES`.
     """
     probe = _Probe(work, probe_cells(work))
     cost, mismatch, raised = probe.cost, "", ""
-    over = engine.ProcessGroup.of(work.model).size
-    if over > 1:
-        raised = f"this model is spread over {over} processes, and packed rows run their attention in one"
-    whole = list(work.plan.jobs) if over == 1 and _fits(work, room) else None
-    for way in ways(whole_prompts(work, whole or probe.jobs)) if over == 1 else ():
+    processes = engine.ProcessGroup.of(work.model).size
+    if processes > 1:
+        raised = f"this model is spread over {processes} processes, and packed rows run their attention in one"
+    whole = list(work.plan.jobs) if processes == 1 and _fits(work, room) else None
+    for way in ways(whole_prompts(work, whole or probe.jobs)) if processes == 1 else ():
         work.memo["way"] = way
         try:
             tried, whole = _packed(probe, whole)
@@ -101,7 +101,7 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
         note = f"not packed: {refused}; not batched: {_reason(error)}"
         return ProbeResult("reference", note, longest, refused), cost + probe.noise_cost
     cost += tried.cost + probe.noise_cost
-    # Where numbers are rounded by a whole batch's largest (dynamic int8), the rows beside a cell change it.
+    # In a batch a cell may depend on the other rows, for example with dynamic int8 quantisation.
     if tried.differs:
         return ProbeResult("reference", f"not batched: {tried.differs}", longest, refused), cost
     note = "; ".join(part for part in (f"not packed: {refused}", probe.note(tried)) if part)
@@ -139,7 +139,7 @@ def _fits(work: Work, room: int) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why a way did not run; memory that ran out is no reason to run another way."""
+    """Why a way did not run. Running out of memory is raised instead: another way would not help."""
     if engine.is_out_of_memory(error):
         raise error
     text = str(error).partition("\n")[0] or "no more is said"
@@ -181,7 +181,7 @@ class _Probe:
         return direction(logits)
 
     def packed(self, jobs: Sequence[Job]) -> Comparison:
-        """Run jobs as packed rows, the cells among them, and compare the cells."""
+        """Run jobs as packed rows, and compare the cells of the trial, which are among them."""
         ran = run_rows(self.work, jobs)
         order = {job: number for number, job in enumerate(jobs)}
         at = [order[job] for job in self.jobs]
@@ -192,12 +192,12 @@ class _Probe:
             if differs:
                 return Comparison(differs, 0.0, ran.cost + spent, [])
             values, more = measured_states(self.work, ran.head, states, jobs)
-        mine, own = self._single(self.jobs), [values[number] for number in at]
+        single, packed_values = self._single(self.jobs), [values[number] for number in at]
         metric = self.work.plan.metric.metric
-        if metric.local:  # which computes the logits of its answers alone
+        if metric.local:  # computed from the logits of the answers only, which `points` does not check
             scale = max(float(logits.abs().max()) for logits in self.logits.values())
-            differs = self._first(self.jobs, own, mine, metric.name, max(scale, 1.0))
-        return Comparison(differs, _apart(own, mine), ran.cost + spent + more, values)
+            differs = self._first_difference(self.jobs, packed_values, single, metric.name, max(scale, 1.0))
+        return Comparison(differs, _largest_difference(packed_values, single), ran.cost + spent + more, values)
 
     def batched(self) -> Comparison:
         """Run the cells as rows of batches."""
@@ -209,7 +209,7 @@ class _Probe:
             differs = differs or self._difference(jobs, points)
             values = measured(self.work, torch.cat(self.kept), jobs)
             found += values
-            off = max(off, _apart(values, self._single(jobs)))
+            off = max(off, _largest_difference(values, self._single(jobs)))
         return Comparison(differs, off, cost, found)
 
     def _single(self, jobs: Sequence[Job]) -> list[Any]:
@@ -228,19 +228,21 @@ class _Probe:
         )
 
     def _difference(self, jobs: Sequence[Job], points: Sequence[float]) -> str:
-        mine = [self.points[job] for job in jobs]
-        found = self._first(jobs, points, mine, "the logits", 1.0)
+        single = [self.points[job] for job in jobs]
+        found = self._first_difference(jobs, points, single, "the logits", 1.0)
         if found and self.dtype is torch.float64 and self.noise is None:
             self.noise, self.noise_cost = rounding_noise(self.work, self.jobs)
             self.allowed = min(max(self.allowed, NOISE_FACTOR * self.noise), MOST_ALLOWED)
             if self.allowed <= TOLERANCE[torch.float64]:
                 self.noise = None
-            return self._first(jobs, points, mine, "the logits", 1.0)
+            return self._first_difference(jobs, points, single, "the logits", 1.0)
         return found
 
-    def _first(self, jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any], what: str, scale: float) -> str:
+    def _first_difference(
+        self, jobs: Sequence[Job], values: Sequence[Any], single: Sequence[Any], what: str, scale: float
+    ) -> str:
         """A message about the first cell that differs from its own run; empty if none does."""
-        for job, a, b in _each(jobs, values, mine):
+        for job, a, b in _pairs(jobs, values, single):
             if math.isclose(a, b, rel_tol=self.allowed, abs_tol=self.allowed * scale):
                 continue
             if a == b or (math.isnan(a) and math.isnan(b)):
@@ -254,14 +256,14 @@ class _Probe:
         return ""
 
 
-def _apart(values: Sequence[Any], single: Sequence[Any]) -> float:
+def _largest_difference(values: Sequence[Any], single: Sequence[Any]) -> float:
     """The largest difference between two lists of numbers, where both are finite."""
     apart = np.abs(np.asarray(values, float) - np.asarray(single, float))
     return max(apart[np.isfinite(apart)].tolist(), default=0.0)
 
 
-def _each(jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any]) -> Iterator[tuple[Job, float, float]]:
-    """Both numbers of every job; of several metrics each."""
-    for job, a, b in zip(jobs, values, mine, strict=True):
+def _pairs(jobs: Sequence[Job], values: Sequence[Any], single: Sequence[Any]) -> Iterator[tuple[Job, float, float]]:
+    """Both numbers of every job, and of each of several metrics."""
+    for job, a, b in zip(jobs, values, single, strict=True):
         pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
         yield from ((job, *pair) for pair in pairs)

@@ -1,4 +1,4 @@
-"""Cells that cannot change the logits that the metric reads."""
+"""Pruning: cells that cannot change the logits that the metric reads are not computed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from nnsplice.warn import warn_caller
 
 
 def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
-    """The cells to compute, and those that cannot differ from the corrupted run."""
+    """The cells to compute, and those known to have the corrupted run's value."""
     # A hook of the user's may mix tokens in any way.
-    causal = plan.corrupted.is_causal(model) and not _has_hooks(model)
+    causal = plan.corrupted.is_causal(model) and not engine.has_code_around(unwrap(model).modules())
     to_compute = np.zeros((len(plan.corrupted), len(plan.targets)), dtype=bool)
     is_known, is_after = np.zeros_like(to_compute), np.zeros(len(plan.targets), dtype=bool)
     kinds, after = _kinds(model, plan), 0
@@ -60,28 +60,28 @@ def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
 
 
 def _kinds(model: engine.Model, plan: Plan) -> list[tuple[list[int], tuple[bool, ...]]]:
-    """Targets that are reached alike: changed at the same tokens, and at sites that stand alike to the last attention.
+    """Groups of targets that are changed at the same tokens, and whether each part is after the last attention.
 
-    With them, for each part, whether all of its sites stand behind that.
+    A part counts as after it if all of its sites are.
     """
-    # Once for each value, whose heads and tokens may be many cells.
+    # Computed once per value: many cells are heads or tokens of one value.
     behind: dict[object, bool] = {}
     found: list[tuple[list[int], tuple[bool, ...]]] = []
     for numbers in plan.positions_alike:
         kinds: dict[tuple[bool, ...], list[int]] = {}
         for number in numbers:
             for site in map(site_of, plan.targets[number].places):
-                if _value(site) not in behind:
-                    behind[_value(site)] = engine.after_last_attention(model, site)
+                if _value_of(site) not in behind:
+                    behind[_value_of(site)] = engine.after_last_attention(model, site)
             parts = plan.targets[number].parts
-            key = tuple(all(behind[_value(site_of(place))] for place in part.places) for part in parts)
+            key = tuple(all(behind[_value_of(site_of(place))] for place in part.places) for part in parts)
             kinds.setdefault(key, []).append(number)
         found += [(members, key) for key, members in kinds.items()]
     return found
 
 
 def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether a target's change can reach the tokens that the metric reads, and whether all of it comes after them.
+    """Whether a target can change the logits that the metric reads, and whether all its tokens come after them.
 
     Args:
         behind: for each part, whether all of its sites come after the last attention, where no token reads another.
@@ -100,23 +100,20 @@ def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) ->
 
 
 def _changed(plan: Plan, part: TargetPart, prompt: int) -> list[int]:
-    """The tokens that are changed: of a knockout, the queries that see a key that they lose."""
+    """The tokens that a part changes; for a knockout, the queries that see one of the removed keys."""
     if part.key is None:
         return plan.positions(part, prompt)
     return sorted({query for query, key in plan.edges(part, prompt) if key <= query})
 
 
 def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
-    """Whether both prompts of a pair are one, their spans and all, so that one patched into the other is itself."""
+    """Whether both prompts of a pair are equal, with their spans, so that patching changes nothing."""
     if source is None:
         return False
     a, b = edited.take([prompt]), source.take([prompt])
     return (a.identity(0), a.spans) == (b.identity(0), b.spans)
 
 
-def _has_hooks(model: engine.Model) -> bool:
-    return engine.has_code_around(unwrap(model).modules())
-
-
-def _value(site: Site) -> tuple:
+def _value_of(site: Site) -> tuple:
+    """The value that a site is part of, without heads or columns."""
     return (*site.location, site.kind, site.tower)

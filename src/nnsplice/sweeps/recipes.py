@@ -1,4 +1,4 @@
-"""`ablate` and `causal_trace`."""
+"""`ablate` and `causal_trace`: sweeps with a choice of operation, sites and metric made for the caller."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.encoding import encode
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import Atlas
+from nnsplice.atlas import Atlas, native_text
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, bound_of, probability, repeated_metric
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Slice, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.corruption import Corruption
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
@@ -86,7 +86,7 @@ def ablate(
     running = {name: options.pop(name) for name in RUNNING if name in options}
     if operation in ("mean", "resample") and reference is None:
         everywhere = list(dict.fromkeys(path.place for path in all_paths(sites)))
-        reference = _all_tokens(engine.as_model(model, sharded=True), prompts, everywhere)
+        reference = _mean_over_tokens(engine.as_model(model, sharded=True), prompts, everywhere)
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options
     )
@@ -96,24 +96,12 @@ def ablate(
 _SET_BY_ABLATE = ("corruption", "source")
 
 
-def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:
-    """The mean over its tokens of each prompt's values at these sites, a row for each prompt."""
+def _mean_over_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> SavedActivation:
+    """A capture of the mean over tokens of each prompt's values at these sites, a row for each prompt."""
     given = encode(model, prompts, images=True)
-    rows: list[Any] = []
-    for batch in given.batches(model):
-        saved = capture(model, given.take(batch), [place.at(parse_path("embed[:]").position) for place in places])
-        rows.append((batch, saved.mean("position")))
-    merged = None
-    for batch, saved in rows:
-        for number, _ in enumerate(batch):
-            one = saved.slice[number]
-            merged = one if merged is None else _below(merged, one)
-    return merged
-
-
-def _below(a: Any, b: Any) -> Any:
-    """The rows of two captures of the same sites, one under the other."""
-    return SavedActivation.from_pairs(*((key, torch.cat([a[key], b[key]])) for key in a))
+    paths = [place.at(Slice()) for place in places]
+    means = [capture(model, given.take(rows), paths).mean("position") for rows in given.batches(model)]
+    return SavedActivation.from_pairs(*((key, torch.cat([mean[key] for mean in means])) for key in means[0]))
 
 
 def causal_trace(
@@ -191,24 +179,24 @@ def causal_trace(
     with circumstances("ns.causal_trace"):
         given = encode(model, prompts, {"subject": subject}, images=True)
         if metric is None:
-            metric = probability(_top(model, given) if answer is None else answer)
+            metric = probability(_top_tokens(model, given) if answer is None else answer)
         elif answer is not None:
             raise BadArgument("answer= beside metric=", expected="one of them", write="metric=ns.probability(answer)")
         bound_of(metric, engine.tokenizer_of(model), len(given))  # mistakes, with the number of prompts
         repeated = [row for row in range(len(given)) for _ in range(samples)]
-        corruption = _noised(model, given, noise, samples, replace, seed)
-    restored = f"{_read_by(model)}{KINDS[kind]}[:]" if sites is None else sites
+        corruption = _noise_corruption(model, given, noise, samples, replace, seed)
+    restored = f"{_tower_prefix(model)}{KINDS[kind]}[:]" if sites is None else sites
     each = repeated_metric(metric, len(given), samples)
     plan = plan_sweep(model, given.take(repeated), None, restored, each, window=window, corruption=corruption)
     return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
-def _read_by(model: engine.Model) -> str:
-    """The start of paths in the tower that reads the prompt: the encoder, of two towers."""
+def _tower_prefix(model: engine.Model) -> str:
+    """The prefix of paths in the tower that reads the prompt: `encoder.` for models with two towers, else empty."""
     return "encoder." if "encoder" in Atlas.of(model).towers and engine.is_encoder_decoder(model) else ""
 
 
-def _top(model: engine.Model, given: Prompts) -> list[int]:
+def _top_tokens(model: engine.Model, given: Prompts) -> list[int]:
     from nnsplice.activations.patched import patched_logits
 
     # A run with its own embeddings written back in is the run itself.
@@ -219,12 +207,12 @@ def _top(model: engine.Model, given: Prompts) -> list[int]:
     ]
 
 
-def _noised(
+def _noise_corruption(
     model: engine.Model, given: Prompts, noise: float | Tensor, samples: int, overwrites: bool, seed: int
 ) -> Corruption:
     assert given.spans is not None
-    # Added noise is the same before and after positions are added; what takes the place of the embedding leaves them.
-    wanted = _embedding(model, given) if overwrites else f"{_read_by(model)}embed.output"
+    # Added noise may go to the stream after position embeddings; replaced token embeddings have to be before them.
+    wanted = _embedding(model, given) if overwrites else f"{_tower_prefix(model)}embed.output"
     (place,) = engine.expand(model, wanted)
     bounds = given.spans["subject"]
     width = capture(model, given.take([0]), [place.at(0)]).get(place.at(0)).shape[-1]
@@ -232,7 +220,7 @@ def _noised(
     values: list[Tensor] = []
     for row, (start, stop) in enumerate(bounds):
         drawn = _drawn(noise, samples, stop - start, width, f"{seed} {given.ids[row]} {start} {stop}")
-        scale = 1.0 if isinstance(noise, Tensor) else noise * _spread(model, given.take([row]))
+        scale = 1.0 if isinstance(noise, Tensor) else noise * _embedding_std(model, given.take([row]))
         for sample in range(samples):
             positions.append(tuple(range(start, stop)))
             values.append(drawn[sample] * scale)
@@ -253,7 +241,7 @@ def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: s
     return torch.randn(samples, tokens, width, generator=generator, dtype=torch.float64)
 
 
-def _spread(model: engine.Model, given: Prompts) -> float:
+def _embedding_std(model: engine.Model, given: Prompts) -> float:
     """The standard deviation of the subject's token embeddings in one prompt."""
     place = _embedding(model, given)
     assert given.spans is not None
@@ -263,23 +251,19 @@ def _spread(model: engine.Model, given: Prompts) -> float:
 
 
 def _embedding(model: engine.Model, given: Prompts) -> str:
-    """The output of the token embedding; without such a module, the stream that enters the layers.
+    """The path of the token embedding's output; without such a module, of the stream that enters the layers.
 
-    The stream too in prompts with images, which take the place of what the embedding gives of their tokens.
+    The stream also for prompts with images, whose features replace the embeddings of their tokens.
     """
-    stream = f"{_read_by(model)}embed.output"
+    stream = f"{_tower_prefix(model)}embed.output"
     if given.images is not None:
         return stream
     embed = Atlas.of(model).tower(parse_path(stream)).embed
-    return stream if embed is None else f"model.{_native(embed)}.output"
-
-
-def _native(module: str) -> str:
-    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in module.split(".")).removeprefix(".")
+    return stream if embed is None else f"model.{native_text(embed)}.output"
 
 
 def _averaged(result: SweepResult, plan: Plan, samples: int) -> SweepResult:
-    """The mean over the samples of each prompt, which are prompts in the plan."""
+    """The mean over the noised samples of each prompt; in the plan each sample is a prompt."""
     table = result.table
     prompts = len(plan.corrupted) // samples
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, circumstances, named
-from nnsplice.files import from_json, local_path, text_of, whole
+from nnsplice.files import from_json, local_path, text_of
 from nnsplice.progress import bar
 from nnsplice.results import SweepResult
+from nnsplice.work import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ class Revisions:
     ['step1', 'step2']
 
     Attributes:
-        results: revision -> what the job gave.
+        results: the result of the job for each revision.
     """
 
     results: dict[str, SweepResult]
@@ -120,11 +120,11 @@ def over_revisions(
     results: dict[str, SweepResult] = {}
     with bar("revisions", len(names), "revision", progress) as shown:
         for name in names:
-            kept = None if folder is None else folder / f"{_safe(name)}.safetensors"
+            kept = None if folder is None else folder / f"{_file_name(name)}.safetensors"
             if kept is not None and kept.is_file():
                 results[name] = SweepResult.from_file(kept)
             else:
-                results[name] = _one(load, name, job)
+                results[name] = _result_of(load, name, job)
                 if kept is not None:
                     results[name].to_file(kept)
             with circumstances("ns.over_revisions"):
@@ -133,7 +133,7 @@ def over_revisions(
     return Revisions(results)
 
 
-def _one(load: Callable[[str], Any], name: str, job: Callable[[Any], SweepResult]) -> SweepResult:
+def _result_of(load: Callable[[str], Any], name: str, job: Callable[[Any], SweepResult]) -> SweepResult:
     """The result of one revision; the model is freed."""
     model = load(name)
     result = job(model)
@@ -151,8 +151,8 @@ def _check_same(first: str, one: SweepResult, name: str, other: SweepResult) -> 
         )
 
 
-def _safe(name: str) -> str:
-    """A name that a file can have, another for another revision."""
+def _file_name(name: str) -> str:
+    """A file name for a revision, different for different revisions."""
     return "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in name)
 
 
@@ -165,6 +165,5 @@ def _journal(folder: Folder, job: Callable[[Any], SweepResult]) -> Folder:
     elif any(folder.iterdir()):
         raise BadArgument(f"{folder} is no journal and not empty", expected="a folder of its own")
     else:
-        with whole(about) as temporary:
-            temporary.write_text(json.dumps(contents), encoding="utf-8")
+        write_json(about, contents)
     return folder

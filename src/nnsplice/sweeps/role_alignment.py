@@ -1,4 +1,4 @@
-"""Corresponding tokens of a pair by their roles, counted from the span `"subject"`."""
+"""Corresponding tokens of a pair by their roles, which are relative to the span `"subject"`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | 
     """The token of the other prompt with the same role, counted from its subject; None where there is none."""
     assert edited.spans is not None and source.spans is not None
     here, there = (
-        _stretches(*prompts.spans["subject"][prompt], len(prompts.ids[prompt]))  # type: ignore[index]
+        _role_ranges(*prompts.spans["subject"][prompt], len(prompts.ids[prompt]))  # type: ignore[index]
         for prompts in (edited, source)
     )
     for (start, stop), (first, last) in zip(here, there, strict=True):
@@ -18,8 +18,8 @@ def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | 
     return None
 
 
-def _stretches(start: int, stop: int, length: int) -> list[tuple[int, int]]:
-    """Before the subject, its first token, those between, its last, the first after it, those between, the last."""
+def _role_ranges(start: int, stop: int, length: int) -> list[tuple[int, int]]:
+    """The token ranges of each role: before the subject, its first, inner and last tokens; the same after it."""
     after, end = min(stop + 1, length - 1), length - 1
     inner = min(start + 1, stop - 1)
     return [

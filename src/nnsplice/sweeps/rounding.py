@@ -1,4 +1,4 @@
-"""Rounding: how far two ways of computing one number may lie apart in a model."""
+"""Rounding: the tolerance when two ways of computing the same logits are compared."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.jobs import Job
 
-#: How far two ways of computing one number may lie apart, in the model's dtype, where both are right.
+#: The allowed relative difference of two correct computations, by the dtype of the weights.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-#: ... and as a multiple of what rounding does to it, in a model of float64 that rounds to less on its way.
+#: A float64 model may compute parts in float32: then this multiple of the measured noise is allowed, up to a bound.
 NOISE_FACTOR, MOST_ALLOWED = 32, TOLERANCE[torch.float32]
-#: How far embeddings are moved to see that, relative to themselves.
+#: The relative change of the embeddings with which that noise is measured.
 MOVED = 1e-10
-#: Dtypes in which a small effect may be rounding.
+#: Dtypes in which a small effect may be a rounding error.
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -28,8 +28,8 @@ def rounding_note(work: Work, off: float, size: float) -> str:
     """The note of a result in half precision about small effects; empty in others.
 
     Args:
-        off: the difference of cells from one run per cell.
-        size: the size of the logits; a few cells may agree exactly while others are rounded to steps of it.
+        off: the largest difference between cells and one run per cell.
+        size: the largest logit: rounding steps are relative to it, also where the compared cells agree exactly.
     """
     dtype = dtype_of(work)
     if dtype not in HALF_PRECISION:
@@ -52,23 +52,24 @@ def tolerance(work: Work) -> float:
 
 
 def direction(logits: Tensor) -> Tensor:
-    """The direction of logits as a number near 1, independent of the scale of the metric."""
-    wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
+    """Logits `[..., vocab]`, centred and normalised, projected on a fixed random direction: `[...]`, of size 1."""
+    # Some models give tokens that cannot occur very large negative logits.
+    wide = torch.where(logits.abs() < 1e4, logits, 0).double()
     wide = wide - wide.mean(-1, keepdim=True)
     along = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return wide @ along.to(wide.device) / wide.norm(dim=-1).clamp_min(1e-300)
 
 
 def rounding_noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
-    """The change of a prompt's logits, at every token, in a batch and with slightly changed embeddings.
+    """The change of a prompt's logits, over all tokens, in a batch and with slightly changed embeddings; and the cost.
 
-    By so little that arithmetic in float64 hardly shows it, and enough to turn some roundings to float32.
+    The change is far below the tolerance of float64, but large enough to round some float32 numbers differently.
     """
     lengths = work.plan.corrupted.lengths("decoder")
     prompt = max((prompt for prompt, _ in jobs), key=lambda prompt: lengths[prompt])
     draws = torch.Generator().manual_seed(0)
 
-    def shaken(_module: nn.Module, _args: Any, out: Any) -> Any:
+    def perturbed(_module: nn.Module, _args: Any, out: Any) -> Any:
         if not isinstance(out, Tensor) or len(out) == 1:
             return out
         noise = torch.randn(out.shape, generator=draws, dtype=torch.float64).to(out)
@@ -76,7 +77,7 @@ def rounding_noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
 
     found: list[Tensor] = []
     embedding: Any = unwrap(work.model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    hook = embedding.register_forward_hook(shaken)
+    hook = embedding.register_forward_hook(perturbed)
     cost = Cost()
     try:
         for rows in ([prompt], [prompt] * 4):

@@ -18,7 +18,7 @@ from nnsplice.packed import Cost
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps import other_model
 from nnsplice.sweeps.choosing import EXECUTORS, ChosenExecutor, choose
-from nnsplice.sweeps.chunking import chunks, corrupted_batches, rooms
+from nnsplice.sweeps.chunking import chunks, corrupted_batches, tokens_at_once
 from nnsplice.sweeps.collecting import check_baselines, collecting
 from nnsplice.sweeps.executors import Executor, Work
 from nnsplice.sweeps.identity import labels_of
@@ -65,13 +65,13 @@ def run_fresh(
     progress: bool = True,
     source: Any = None,
 ) -> SweepResult:
-    """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
+    """`run` for a plan that was just made with this model, whose weights are not checked again."""
     check_mode(model)
     other = other_model.source_of(plan, source)
     group = engine.ProcessGroup.of(model)
     journal = group.broadcast(None if journal is None else os.fspath(journal))
     group.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
-    # A file tells its question from others by every number of the model, also by those written past torch's notice.
+    # A journal is for exactly these weights, so all are read again: torch does not notice writes through `.data`.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
         raise BadArgument(
             "the model has other weights than the plan was made with: they were written through .data, or past torch, "
@@ -79,7 +79,7 @@ def run_fresh(
             expected="a plan of the model as it is",
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
-    with engine.locked(model):  # its attention is another one while packed rows run
+    with engine.locked(model):  # packed rows exchange the model's attention function
         return SweepResult(measured_table(plan, model, executor, max_tokens, journal, progress, other))
 
 
@@ -92,16 +92,16 @@ def measured_table(
     progress: bool = False,
     other: engine.Model | None = None,
 ) -> Table:
-    """The table of a run, of a model that was checked and whose turn is held."""
+    """The table of a run. The caller has checked and locked the model."""
     start = time.perf_counter()
     group = engine.ProcessGroup.of(model)
     if group.size > 1:
-        # What is measured of a site runs its block by itself; inside a trace that would take the weights of the block
-        # away from the run around it, as fully_shard keeps them for one call at a time.
+        # Measuring a site's promise calls its block. Inside a trace this would free the block's weights for the run
+        # around it, as fully_shard gathers them for one call at a time; so measure before the traces.
         places = [place for target in plan.targets for place in target.places]
         closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])
-    first, at_once = rooms(model, max_tokens)
-    whole = min(2 * first, at_once)
+    first_tokens, at_once = tokens_at_once(model, max_tokens)
+    trial_tokens = min(2 * first_tokens, at_once)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
@@ -112,8 +112,8 @@ def measured_table(
     elif isinstance(executor, ChosenExecutor):
         name, note, execute = executor.name, executor.note, executor.prepare(work)
     else:
-        # Cells in the journal need no trial.
-        name, note, spent = choose(executor, work, whole if journal is None else 0)
+        # With a journal some cells may be done, so the whole plan is not run in the trial.
+        name, note, spent = choose(executor, work, trial_tokens if journal is None else 0)
         execute, cost = EXECUTORS[name], cost + spent
     if not plan.owners:
         plan.metric.check_answers(clean_logits, prompts)
@@ -134,9 +134,9 @@ def measured_table(
             corrupted[rows] = plan.metric(logits, rows, beside).double().cpu().numpy()
             check_baselines(plan.metric, corrupted=corrupted)
             cost += spent
-            for jobs, found, spent in chunks(work, execute, left.of_prompts(rows), at_once, first):
+            for jobs, found, spent in chunks(work, execute, left.of_prompts(rows), at_once, first_tokens):
                 collected.note(jobs, found)
-                cost, first = cost + spent, at_once
+                cost, first_tokens = cost + spent, at_once
         known = plan.known.columns()
         collected.values[known], collected.done[known] = corrupted[known[0]], True
     collected.warn_of_nan()
@@ -169,7 +169,7 @@ def measured_table(
 def chosen_for(
     plan: Plan, model: engine.Model, executor: str, at_once: int, other: engine.Model | None = None
 ) -> ChosenExecutor:
-    """The executor of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
+    """The executor for all units of a plan, from a trial on its longest and its shortest prompt."""
     prompts = plan.jobs.prompts
     if executor in ("reference", "batched") or not prompts:
         return ChosenExecutor(executor if prompts else "batched")

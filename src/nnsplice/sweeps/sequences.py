@@ -1,7 +1,7 @@
-"""Answers of several tokens: a run for each token, with the earlier ones appended.
+"""Answers of several tokens: a run for each answer token, with the earlier ones appended to the prompt.
 
-The logarithm of an answer's probability is the sum over its tokens, each read behind those before it. So a prompt with
-an answer of k tokens is k runs of one more token each, which every executor can make, and the sum of what they measure.
+The log probability of an answer is the sum over its tokens, each given the prompt and the tokens before it. So a prompt
+with an answer of k tokens becomes k runs, for any executor, and its value is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from nnsplice.results import Table
 
 @dataclass(frozen=True)
 class AnswerRuns:
-    """Prompts as the runs that their answers need."""
+    """The runs of prompts with answers of several tokens."""
 
     corrupted: Prompts
     clean: Prompts | None
     metric: Bound
-    #: For each run: which prompt it is of, and how many tokens of the answer are appended to it.
+    #: For each run: its prompt, and the number of answer tokens that are appended.
     owners: tuple[int, ...]
     appended: tuple[int, ...]
     #: The metric as plain data.
     identity: dict[str, Any]
 
 
-def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> AnswerRuns:
+def answer_runs(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> AnswerRuns:
     """The runs of a metric whose answer has several tokens.
 
     Raises:
-        BadArgument: the model does not read forwards only.
+        BadArgument: the model is not a causal decoder, or `align="role"`.
     """
     if not edited.is_causal(model) or edited.decoder_ids is not None:
         raise BadArgument(
@@ -48,13 +48,13 @@ def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts
         raise BadArgument(f'{metric.name} with align="role"', expected='align="position" or "end"')
     answers = continuation(metric.name, metric.answers["answer"], engine.tokenizer_of(model), edited.ids, edited.texts)
     runs = [(prompt, number) for prompt, answer in enumerate(answers) for number in range(len(answer))]
-    longer = _with(edited, answers, runs)
+    with_answers = _with_answers(edited, answers, runs)
     bound = Bound(
         replace(metric, sequence=False), {"answer": tuple(answers[prompt][number] for prompt, number in runs)}
     )
     return AnswerRuns(
-        longer,
-        longer if source is edited else None if source is None else _with(source, answers, runs),
+        with_answers,
+        with_answers if source is edited else None if source is None else _with_answers(source, answers, runs),
         bound,
         tuple(prompt for prompt, _ in runs),
         tuple(number for _, number in runs),
@@ -62,7 +62,7 @@ def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts
     )
 
 
-def _with(prompts: Prompts, answers: Sequence[Sequence[int]], runs: Sequence[tuple[int, int]]) -> Prompts:
+def _with_answers(prompts: Prompts, answers: Sequence[Sequence[int]], runs: Sequence[tuple[int, int]]) -> Prompts:
     each = prompts.take([prompt for prompt, _ in runs])
     ids = tuple(row + tuple(answers[p][:number]) for row, (p, number) in zip(each.ids, runs, strict=True))
     images = (
@@ -74,7 +74,7 @@ def _with(prompts: Prompts, answers: Sequence[Sequence[int]], runs: Sequence[tup
 
 
 def summed(table: Table, owners: Sequence[int], tokens: tuple[tuple[str, ...], ...]) -> Table:
-    """The table of prompts from that of their runs."""
+    """The table of prompts: the sum over the runs of each."""
     of = np.array(owners)
     rows = [np.flatnonzero(of == prompt) for prompt in range(max(owners) + 1)]
 

@@ -1,7 +1,7 @@
 """Sets of sites: cells that change several sites in one run.
 
-Inside a set nothing is a cell of its own: all that its paths name is changed together, every head of `heads[:]`, every
-token of `[:]`, and where a path says no tokens, all of them.
+Everything that the paths of a set name is changed together in one cell: every head of `heads[:]`, every token of `[:]`,
+and all tokens where a path has no position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nnsplice.results import SETS, Cell
 from nnsplice.sweeps.targets import At, Target, TargetPart, cell_of, has_tokens, own_tokens
 from nnsplice.tokens import Rows, columns, concrete
 
-#: One path or several; in the place of a path, several that are changed together.
+#: One path or several; a list of paths among them is a set, whose sites are changed together.
 Sites = str | Path | Iterable[str | Path | Iterable[str | Path]]
 _WRITE = 'sites=["layers[3]", ["layers[3].heads[1]", "layers[5].heads[0]"]]'
 
@@ -32,7 +32,7 @@ def split_sites(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
 
     Raises:
         BadArgument: there are none, or a set is empty.
-        BadType: what stands there is neither, or a set stands within a set.
+        BadType: an entry is neither a path nor a set of paths.
     """
     given = [sites] if isinstance(sites, str | Path) or not isinstance(sites, Iterable) else list(sites)
     if not given:
@@ -70,15 +70,15 @@ def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence
 
     Raises:
         DuplicatePath: the same site twice.
-        OverlappingWrite: two of its sites share numbers of a run, so that one would undo the other.
+        OverlappingWrite: two of its sites overlap, so that one write would undo the other.
         ShortRow: no prompt has these tokens.
     """
     parts: dict[Path, TargetPart] = {}
     for member in members:
         for place, _ in known.arrange((member.place,)):
             tower = site_of(place).tower
-            for at in _each(member, member.position, edited, tower):
-                for key_position in [None] if member.key is None else _each(member, member.key, edited, tower):
+            for at in _positions_of(member, member.position, edited, tower):
+                for key_position in [None] if member.key is None else _positions_of(member, member.key, edited, tower):
                     shown = Slice() if member.key is not None and key_position is None else key_position
                     key = replace(place.at(Slice() if at is None else at), key=shown)
                     if key in parts:
@@ -91,8 +91,8 @@ def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence
     return Target(Cell(name, SETS, set=name), tuple(ordered))
 
 
-def _each(member: Path, position: Position | None, edited: Prompts, tower: str) -> list[At]:
-    """The tokens of a path, each where it lists some."""
+def _positions_of(member: Path, position: Position | None, edited: Prompts, tower: str) -> list[At]:
+    """The positions of a path: each of a list, else the position itself; None for all tokens."""
     each: list[At] = list(position) if isinstance(position, tuple) else [None if position == Slice() else position]
     check_tokens(each, edited, member, tower)
     return each
@@ -120,9 +120,9 @@ def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
 
 
 def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Prompts) -> None:
-    """Raise where two parts give one number two values, in any prompt."""
-    written = [(part, _written(model, part.places[0])) for part in parts]
-    # Parts of SAEs add their differences, as experts do, so they overlap with other sites only.
+    """Raise where two parts write the same number in any prompt."""
+    written = [(part, _written_site(model, part.places[0])) for part in parts]
+    # Writes to SAE features and to experts add a difference, so they overlap with other kinds of sites only.
     adding = {*features.KINDS, features.TRANSCODED}
     others = [pair for pair in written if site_of(pair[0].places[0]).kind not in adding]
     of_saes = [pair for pair in written if site_of(pair[0].places[0]).kind in adding]
@@ -143,8 +143,8 @@ def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Pr
                 )
 
 
-def _written(model: engine.Model, place: Path) -> Path:
-    """The values that are written for a site, which may be derived from others."""
+def _written_site(model: engine.Model, place: Path) -> Path:
+    """The site that is really written for a site that is derived from other values."""
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]

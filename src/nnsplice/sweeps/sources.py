@@ -1,4 +1,4 @@
-"""The sources of a sweep's values: the clean run, a reference, or noise."""
+"""The values that a sweep writes: from the clean run, a reference, or noise."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from nnsplice.sweeps.targets import At, TargetPart
 
 @dataclass(frozen=True)
 class Captured:
-    """Values of a run at many sites: site -> prompt -> (position -> number, `[number, width]`)."""
+    """Captured values by site and prompt: an index from position to row, and the rows `[row, width]`."""
 
     values: Mapping[object, Mapping[int, tuple[Mapping[int, int], Tensor]]]
-    #: For each prompt the one whose run it shares.
+    #: `[prompt]`: the prompt whose run has its values; equal prompts share a run.
     run_of: Sequence[int]
 
     def at(self, place: Path, prompt: int, position: int) -> Tensor:
-        """The value of one prompt at one own token: `[width]`."""
+        """The value of a site in one prompt, at one of the prompt's own tokens: `[width]`."""
         index, tensor = self.values[place.site][self.run_of[prompt]]
         return tensor[index[position]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The value to write at a site and a token."""
+    """The values that the operation of a plan writes."""
 
     plan: Plan
     clean: Captured | None = None
-    #: Computed means of the reference, by key, and by prompt if each has its own.
+    #: A cache of means of the reference, by key, and by prompt if each prompt has its own row.
     _means: dict[tuple[Path, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def value(self, prompt: int, part: TargetPart, place: Path, order: int, position: int, width: int) -> Tensor | None:
-        """`[width]`, or None where the operation computes its value from the current one.
+        """The value to write at a site and token, `[width]`; None if the operation computes it from the current one.
 
         Args:
             part: the part of a cell, with its site.
-            order: the number of this token among those of the part; the token of the same number is taken from the
-                clean run.
+            order: the index of this token among the tokens of the part: a patch takes the token of the same index from
+                the clean run.
             position: the token, in the edited prompt.
             width: the width of the site; 0 if the caller checks it.
         """
@@ -59,13 +59,13 @@ class Source:
         if plan.operation.name == "noise":
             return torch.randn(width, generator=self._generator(prompt, part, place, position), dtype=torch.float64)
         assert plan.reference is not None
-        keys = [place.at(key) for key in _asked(part.position, order, position)]
-        key, held = _held(plan.reference, place, keys)
-        if width not in (0, held.shape[-1]):
-            raise ShapeError(f"the reference is {held.shape[-1]} wide, the site {width}", path=place.place)
-        if plan.operation.name == "add" and len(held) == plan.runs:
-            return self._mean((key, prompt), held[plan.number(prompt)])
-        rows = held.flatten(0, 1)
+        keys = [place.at(key) for key in _positions_in_reference(part.position, order, position)]
+        key, values = _lookup(plan.reference, place, keys)
+        if width not in (0, values.shape[-1]):
+            raise ShapeError(f"the reference is {values.shape[-1]} wide, the site {width}", path=place.place)
+        if plan.operation.name == "add" and len(values) == plan.runs:
+            return self._mean((key, prompt), values[plan.number(prompt)])
+        rows = values.flatten(0, 1)
         if plan.operation.name == "resample":
             generator = self._generator(prompt, part, place, position)
             return rows[int(torch.randint(len(rows), (1,), generator=generator))]
@@ -77,27 +77,26 @@ class Source:
         return self._means[of]
 
     def _generator(self, prompt: int, part: TargetPart, place: Path, position: int) -> torch.Generator:
-        # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers, and so
-        # does a set for each of its sites.
+        # Seeded by the cell, so that every executor, shard and resumed run draws the same numbers.
         text = f"{self.plan.seed} {self.plan.number(prompt)} {part.cell.path} {place.place} {position}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 
 
-def _asked(position: At, order: int, token: int) -> list[int | Span]:
-    """The keys of a reference for a token of a cell: its position as written, and by number."""
+def _positions_in_reference(position: At, order: int, token: int) -> list[int | Span]:
+    """The positions under which a reference may hold a token of a cell: as the path has it, and by number."""
     if isinstance(position, Span) and position.token is None:
         position = Span(position.name, order)
     return [position, token] if isinstance(position, int | Span) else [token]
 
 
-def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> tuple[Path, Tensor]:
-    """`[row, position, width]` of a reference at the first of these keys that it has, else of the site; its key."""
+def _lookup(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> tuple[Path, Tensor]:
+    """The first of these keys that a reference holds, else the site; and its values `[row, position, width]`."""
     for key in keys:
         if key in reference:
             return key, reference.get(key)[:, None]
     try:
-        held = reference.get(place.place)
+        values = reference.get(place.place)
     except UnknownPath as error:
         raise UnknownPath(f"the reference does not hold this site\n{error}", path=place.place) from None
-    return place.place, held if held.dim() == 3 else held[:, None]
+    return place.place, values if values.dim() == 3 else values[:, None]

@@ -1,6 +1,6 @@
-"""Sweeps whose values go to a Zarr store, `out="....zarr"`: each prompt's are a chunk that one unit writes.
+"""Sweeps whose values go to a Zarr store, `out="....zarr"`: a chunk for each prompt, which one unit writes.
 
-Beside the store `x.zarr` stands the run folder `x.zarr.run`: claims, and of each unit what is no value of a cell.
+The run folder of the store `x.zarr` is `x.zarr.run`, with the claims and the outcomes of units without the values.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from nnsplice.results import zarr_files
 from nnsplice.stores import store_of
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan, Unit
-from nnsplice.work import Arrays, RunFolder
+from nnsplice.work import Arrays, RunFolder, UnitTask
 
 _RUN = ".run"
 
 
 def is_store(path: str | os.PathLike[str] | None) -> TypeGuard[str | os.PathLike[str]]:
-    """Whether values go to a Zarr store."""
+    """Whether a path is a Zarr store."""
     return path is not None and os.fspath(path).rstrip("/").endswith(".zarr")
 
 
@@ -38,10 +38,10 @@ def store_beside(folder: RunFolder) -> str:
 
 
 def check_units(units: tuple[Unit, ...], plan: Plan) -> None:
-    """Refuse units if several have cells of one prompt.
+    """Raise if a prompt is cut into several units, which would write the same chunk.
 
     Raises:
-        BadArgument: there are some.
+        BadArgument: the size of units that fits.
         MissingPackage: zarr is not installed.
     """
     zarr_files.needed()
@@ -53,19 +53,15 @@ def check_units(units: tuple[Unit, ...], plan: Plan) -> None:
         )
 
 
-class _Runs(Protocol):
-    def run(self, number: int) -> Arrays: ...
-
-
 class StoredUnits:
-    """A worker's side: the values go to the store, before the unit counts as done."""
+    """Units that write their values to the store, before they count as done."""
 
-    def __init__(self, units: _Runs, folder: RunFolder) -> None:
+    def __init__(self, units: UnitTask, folder: RunFolder) -> None:
         """Open the store."""
         self._units, self._store = units, zarr_files.Growing(store_beside(folder))
 
     def run(self, number: int) -> Arrays:
-        """Totals without the values of cells, and a checksum of each prompt's values."""
+        """The outcome of a unit without the values of cells, with a checksum of each prompt's values instead."""
         found: Mapping[str, Any] = self._units.run(number)
         prompts = found["prompts"]
         runs, targets = Jobs.of_ranges(found["ranges"].tolist()).columns()

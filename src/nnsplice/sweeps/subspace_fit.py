@@ -1,4 +1,4 @@
-"""Sweeps in a subspace: the check that it fits every site."""
+"""The check that the subspace of a sweep has the width of every site."""
 
 from __future__ import annotations
 

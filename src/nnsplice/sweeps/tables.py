@@ -1,4 +1,4 @@
-"""Questions about the cells of a sweep's plan, in units of whole prompts, and their tables."""
+"""Other questions about the cells of a sweep's plan (attribution, path patching), in units of whole prompts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from nnsplice.work import Arrays
 
 
 def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float], **more: Any) -> UnitPlan[Any]:
-    """A question about the cells of a plan, cut into whole prompts.
+    """A question about the cells of a plan, in units of whole prompts.
 
     Args:
-        kind: where the kind of question is found, `module:NAME`.
-        costs: `[prompt]`, about how much work each prompt is.
-        more: plain data that the question needs beside the plan.
+        kind: the name `module:NAME` of the `units.Kind` of question.
+        costs: `[prompt]`, the approximate work of each prompt.
+        more: plain data that the question needs besides the plan.
     """
     question = {
         "weights": plan.asked["weights"],
@@ -43,7 +43,7 @@ def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float]
 
 
 def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
-    """The plan again, for this model."""
+    """The sweep plan of a question, for this model."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in plan.files:
             (Path(folder) / name).write_bytes(content)
@@ -51,7 +51,7 @@ def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
 
 
 def arrays_of(table: Table) -> Arrays:
-    """The outcome of a unit, as arrays."""
+    """The outcome of a unit, from its table."""
     found = {name: getattr(table, name) for name in ("values", "done", "clean", "corrupted")}
     return {
         **found, "run": packed_text(dataclasses.asdict(table.run)),
@@ -60,7 +60,7 @@ def arrays_of(table: Table) -> Arrays:
 
 
 def result_of(plan: UnitPlan[Any], outcomes: Outcomes, **more: Any) -> SweepResult:
-    """The result of the prompts that are there, of a plan that `unit_plan` made.
+    """The result of the finished prompts of a plan that `unit_plan` made.
 
     Args:
         more: other fields of the table.
@@ -83,7 +83,7 @@ def joined_result(
     labels: Mapping[str, Any],
     **more: Any,
 ) -> SweepResult:
-    """The result of the prompts that are there.
+    """The result of the finished prompts.
 
     Args:
         exists: `[prompt, cell]` of the whole plan, as `asked`, `tokens` and `labels` are.

@@ -1,4 +1,4 @@
-"""Targets: a cell of a result, and the sites that are changed for it."""
+"""Targets: each cell of a result with the sites and positions that are changed for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.results import AXES, Cell
 
-#: The changed tokens of each prompt; None for all of them.
+#: The changed tokens of each prompt: a position, a span, a slice; None for all of them.
 At = int | Span | Slice | None
 
 
@@ -17,13 +17,13 @@ At = int | Span | Slice | None
 class TargetPart:
     """Sites that are changed at the same tokens."""
 
-    #: The cell of this site alone.
+    #: The cell of this site by itself.
     cell: Cell
-    #: Several for a window of layers, in execution order.
+    #: The sites: several for a window of layers, in execution order.
     places: tuple[Path, ...]
-    #: None for every token at once.
+    #: The changed tokens; None for all tokens at once.
     position: At
-    #: Of a knockout: the keys that these tokens no longer attend to.
+    #: For a knockout: the keys that these tokens do not attend to.
     key: At = None
 
     @property
@@ -57,7 +57,7 @@ class Target:
 
 
 def cell_of(path: Path) -> Cell:
-    """The cell of a site at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
+    """The cell of a site at a token or a span; without a position for `[:]` and for weights."""
     place = path.place
     open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
     numbers = [number_of(place, axis) for axis in AXES if axis != "feature"]
@@ -87,7 +87,7 @@ def number_of(place: Path, axis: str) -> int | None:
 
 
 def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
-    """The tokens of a prompt of this length."""
+    """The tokens at a position of a prompt of this length, by their numbers from 0."""
     if isinstance(at, Span):
         assert prompts.spans is not None
         start, stop = prompts.spans[at.name][prompt]
@@ -100,7 +100,7 @@ def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
 
 
 def has_tokens(at: At, length: int) -> bool:
-    """Whether a prompt of this length has all of the tokens."""
+    """Whether a prompt of this length has the tokens of a position."""
     if isinstance(at, int):
         return -length <= at < length
     if isinstance(at, Slice):

@@ -1,4 +1,4 @@
-"""The runs that a sweep compares with: the clean one, which also gives the values to patch, and the corrupted one."""
+"""The unedited runs of a sweep: the clean run, which also gives the values of a patch, and the corrupted run."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from nnsplice.sweeps.sources import Captured, Source
 def clean_run(
     model: engine.Model, plan: Plan, room: int, other: engine.Model | None = None
 ) -> tuple[Tensor, Source, Cost]:
-    """The logits that the metric reads in the clean run, `[prompt, vocab]`, the values that a patch takes, the cost.
+    """The clean run: the logits that the metric reads, `[prompt, vocab]`, the values for a patch, and the cost.
 
     Args:
-        room: how many tokens run at once.
-        other: the model whose run it is, where that is not the one that is edited.
+        room: the number of tokens that run at once.
+        other: the model of the clean run, if it is another one.
     """
     prompts = plan.corrupted if plan.clean is None else plan.clean
     device, model = model.device, model if other is None else other
-    # The same sites may have other names in the other model.
+    # Sites of the edited model, and the same sites of the other one, whose modules may have other names.
     sites = {} if other is None else other_model.counterparts(other, plan.targets)
-    # The noised samples of a trace have one clean run, and the answers of a prompt may begin alike.
-    first = _first_alike(plan, prompts)
+    # Equal prompts share a clean run: the noised samples of a trace, and answers of several tokens.
+    first = _first_equal(plan, prompts)
     needed: dict[int, dict[Path, set[int]]] = {}
     for prompt, places in _needed(plan).items():
         for place, positions in places.items():
@@ -56,7 +56,7 @@ def clean_run(
         def inside() -> None:
             mediator = engine.worker(model, "a sweep")
             for pack in gather(model, mediator, places, prompts.batch(rows)):
-                _keep(pack, rows, values)
+                _store(pack, rows, values)
 
         return inside
 
@@ -64,7 +64,7 @@ def clean_run(
     read = targets if other is None else list(sites.values())
     logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, read, clean=True)
     if other is not None:
-        # By the edited model's paths, and on its device.
+        # Values by the sites of the edited model, on its device.
         names = {site_of(there): site_of(place) for place, there in sites.items()}
         values = {
             names[site]: {row: (index, held.to(device or held.device)) for row, (index, held) in of.items()}  # type: ignore[index]
@@ -76,7 +76,7 @@ def clean_run(
 
 
 def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int] | None = None) -> tuple[Tensor, Cost]:
-    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost.
+    """The corrupted run: the logits that the metric reads, `[prompt, vocab]`, and the cost.
 
     Args:
         rows: the prompts; all if left out.
@@ -89,7 +89,7 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int
     return torch.stack([logits[row] for row in rows]), cost
 
 
-def _first_alike(plan: Plan, prompts: Prompts) -> list[int]:
+def _first_equal(plan: Plan, prompts: Prompts) -> list[int]:
     """For each prompt, the first equal prompt read at the same token, so that one run serves all of them."""
     known: dict[object, int] = {}
     return [
@@ -108,13 +108,13 @@ def _logits(
     *,
     clean: bool,
 ) -> tuple[dict[int, Tensor], Cost]:
-    """The logits of the chosen prompts, by their numbers."""
+    """The logits of the chosen prompts that the metric reads, `[vocab]` by the prompt's number, and the cost."""
     logits: dict[int, Tensor] = {}
     cost_model, cost = CostModel.of(model), Cost()
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
-    # Code of the user's may be written for one prompt at a time: every cell is compared with a run of its own.
-    alone = engine.has_own_code(unwrap(model).modules())
-    batches = prompts.take(chosen).batches(model, at_most=1 if alone else max(room // longest, 1))
+    # A user's hook may be written for one prompt at a time.
+    one_by_one = engine.has_own_code(unwrap(model).modules())
+    batches = prompts.take(chosen).batches(model, at_most=1 if one_by_one else max(room // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
         first = before(rows)
         found: list[Tensor] = []
@@ -133,7 +133,7 @@ def _logits(
 
 
 def _read_alike(plan: Plan, batches: Iterable[list[int]], clean: bool) -> Iterator[tuple[list[int], int]]:
-    """The batches, cut where the metric reads at another distance from the end, and that distance."""
+    """The batches, split by the position that the metric reads (counted from the end), with that position."""
     for batch in batches:
         alike: dict[int, list[int]] = {}
         for row in batch:
@@ -142,7 +142,7 @@ def _read_alike(plan: Plan, batches: Iterable[list[int]], clean: bool) -> Iterat
 
 
 def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
-    """Prompt -> site -> the positions that a patch takes from the clean run."""
+    """The positions whose values a patch takes from the clean run, by prompt and site."""
     needed: dict[int, dict[Path, set[int]]] = {}
     if plan.operation.name != "patch":
         return needed
@@ -154,7 +154,7 @@ def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
     return needed
 
 
-def _keep(pack: Pack, rows: Sequence[int], values: dict[object, dict[int, tuple[dict[int, int], Tensor]]]) -> None:
+def _store(pack: Pack, rows: Sequence[int], values: dict[object, dict[int, tuple[dict[int, int], Tensor]]]) -> None:
     """Store captured values by site, prompt and position."""
     index = {key.position: number for number, key in enumerate(pack.keys)}
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""`ns.sweep_weights` in units: some prompts with the weights of every site swapped, one site at a time."""
+"""`ns.sweep_weights` in units: each unit has some prompts, and swaps the weights of one site at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nnsplice.work import Arrays
 def plan(
     base: Any, tuned: Any, prompts: PromptsLike, sites: Paths, metric: MetricLike, *, batch_size: int | None = None
 ) -> UnitPlan[Any]:
-    """The plan of a sweep of weights, whose arguments these are."""
+    """The plan of `ns.sweep_weights` with these arguments."""
     if isinstance(tuned, Mapping):
         raise BadArgument(
             "the tuned weights are tensors of this process, and other processes load a model of their own",
@@ -62,7 +62,7 @@ def plan(
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     question, tuned = plan.question, models.source
     given, metric = prompts_of(question["prompts"], models.model), metric_of(question["metric"])
-    assert isinstance(metric, Bound)  # as this sweep has one
+    assert isinstance(metric, Bound)  # a sweep of weights has one metric
     request = weight_request(models.model, tuned, given, question["sites"], metric, batch_size=question["batch_size"])
 
     def unit(prompts: Sequence[int]) -> Arrays:

@@ -1,7 +1,7 @@
 """`sweep_weights`: the effect of a tuned model's weights, one address at a time.
 
-For each site the base model runs with the tuned model's weights there, and its own everywhere else. The two ends of
-the scale are the base model (`corrupted`) and the tuned model (`clean`), so an effect of 1 is all that tuning did.
+For each site the base model runs with the tuned model's weights there, and its own everywhere else. The baselines are
+the base model (`corrupted`, effect 0) and the tuned model (`clean`, effect 1).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from nnsplice.weights.regions import counterpart, regions
 F = TypeVar("F", bound=Callable[..., SweepResult])
 
 
-def _in_order(function: F) -> F:
-    """Take `(base, tuned, sites, metric, prompts)`, the order of the first version, with a warning."""
+def _accept_old_order(function: F) -> F:
+    """Accept `(base, tuned, sites, metric, prompts)`, the argument order of version 0.1, with a warning."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> SweepResult:
@@ -57,7 +57,7 @@ def _in_order(function: F) -> F:
     return cast("F", called)
 
 
-@_in_order
+@_accept_old_order
 def sweep_weights(
     base: Any,
     tuned: Any,
@@ -107,16 +107,16 @@ def sweep_weights(
     request = weight_request(base, tuned, prompts, sites, metric, batch_size=batch_size, anew=journal is not None)
     runs, asked = request.runs, request.asked
     with circumstances("ns.sweep_weights"), engine.locked(base), torch.no_grad():
-        ends = _ends(runs, tuned)
+        baselines = _baselines(runs, tuned)
     shape = len(runs.given), len(request.cells)
     cost, jobs = Cost(), Jobs.of(np.ndindex(shape))
-    # The weights are other ones while this runs, so other threads' sweeps of the model wait.
+    # The weights of the model are changed meanwhile, so runs in other threads wait.
     with (
         engine.locked(base),
         collecting(shape, jobs, asked, journal, progress) as collected,
         torch.no_grad(),
     ):
-        for done, found, spent in _measured(runs, tuned, request.selections, ends.logits, collected.done):
+        for done, found, spent in _measured(runs, tuned, request.selections, baselines.logits, collected.done):
             collected.note(done, found)
             cost += spent
     collected.warn_of_nan()
@@ -128,8 +128,8 @@ def sweep_weights(
             collected.values,
             collected.done,
             exists,
-            ends.clean,
-            ends.corrupted,
+            baselines.clean,
+            baselines.corrupted,
             runs.tokens,
             asked,
             about,
@@ -139,7 +139,7 @@ def sweep_weights(
 
 @dataclass(frozen=True)
 class WeightRequest:
-    """A sweep of weights whose arguments were all checked."""
+    """A sweep of weights with checked arguments."""
 
     runs: WeightRuns
     cells: tuple[Cell, ...]
@@ -161,12 +161,12 @@ def weight_request(
     """The checked request; the arguments are those of `sweep_weights`.
 
     Args:
-        anew: read all weights again.
+        anew: read all weights for the digest, also if torch has not noticed a change.
     """
     with circumstances("ns.sweep_weights"), engine.locked(base), torch.no_grad():
         if batch_size is not None and batch_size < 1:
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
-        places = _places(base, sites)
+        places = _weights_of_sites(base, sites)
         _check_pair(base, tuned, places.values())
         runs = WeightRuns.of(base, tuned, prompts, metric, batch_size)
     cells = tuple(cell_of(place) for place in places)
@@ -174,22 +174,22 @@ def weight_request(
 
 
 def measured_part(request: WeightRequest, tuned: Any, prompts: Sequence[int], batch_size: int) -> Table:
-    """The cells of some of the prompts, as a table without their names."""
+    """The table of some of the prompts, without the descriptions of cells."""
     start, runs, cost = time.perf_counter(), request.runs.take(prompts, batch_size), Cost()
     shape = len(prompts), len(request.cells)
     values, done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     with engine.locked(runs.base), torch.no_grad():
-        ends = _ends(runs, tuned)
-        for jobs, found, spent in _measured(runs, tuned, request.selections, ends.logits, done.copy()):
+        baselines = _baselines(runs, tuned)
+        for jobs, found, spent in _measured(runs, tuned, request.selections, baselines.logits, done.copy()):
             at = tuple(np.array(jobs).T)
             values[at], done[at] = found, True
             cost += spent
     about = Run("weights", time.perf_counter() - start, **cost.as_dict())
-    return Table((), values, done, np.ones(shape, dtype=bool), ends.clean, ends.corrupted, run=about)
+    return Table((), values, done, np.ones(shape, dtype=bool), baselines.clean, baselines.corrupted, run=about)
 
 
 @dataclass(frozen=True)
-class _Ends:
+class _Baselines:
     """The tuned model's logits where the metric reads, `[prompt, vocab]`, and the metric of both models."""
 
     logits: Tensor
@@ -197,12 +197,12 @@ class _Ends:
     corrupted: np.ndarray
 
 
-def _ends(runs: WeightRuns, tuned: Any) -> _Ends:
+def _baselines(runs: WeightRuns, tuned: Any) -> _Baselines:
     logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
     clean = runs.measured(every, logits, logits)
     corrupted = runs.measured(every, runs.all_logits(unwrap(runs.base)), logits)
     check_baselines(runs.metric, tuned=clean, base=corrupted)
-    return _Ends(logits, clean, corrupted)
+    return _Baselines(logits, clean, corrupted)
 
 
 def _measured(
@@ -233,8 +233,8 @@ def _tuned_logits(runs: WeightRuns, tuned: Any) -> Tensor:
         return runs.all_logits(module)
 
 
-def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
-    """Every single site with its weights."""
+def _weights_of_sites(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
+    """Each single site with its weights."""
     atlas = Atlas.of(base)
     paths = [parse_path(path) for path in ([sites] if isinstance(sites, str | Path) else sites)]
     found = {place: select(base, place, own=True) for path in paths for place in atlas.split(path)}
@@ -252,7 +252,7 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
                 write=f"{name}.eval()",
             )
     for selection in places:
-        counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
+        counterpart(base, tuned, regions(base, selection))  # raises if the models do not fit
 
 
 def _asked(
@@ -261,17 +261,19 @@ def _asked(
     base, given = runs.base, runs.given
     atlas = Atlas.of(base)
     name, revision = engine.name_of(base)
-    held = dict(unwrap(base).named_parameters(remove_duplicate=False))
-    other = dict(tuned) if isinstance(tuned, Mapping) else dict(unwrap(tuned).named_parameters(remove_duplicate=False))
-    # Heads without the keys and values that they share; with them it would be another question.
+    base_parameters = dict(unwrap(base).named_parameters(remove_duplicate=False))
+    tuned_parameters = tuned
+    if not isinstance(tuned, Mapping):
+        tuned_parameters = dict(unwrap(tuned).named_parameters(remove_duplicate=False))
+    # For heads that share keys and values, the identity says that only their own weights were swapped.
     own = any(atlas.resolve(place) != selection for place, selection in places.items())
     touched = list(dict.fromkeys(name for selection in places.values() for name in selection))
     return {
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(base, anew=anew),
-        "from": digest_of({name: held[name] for name in touched}),
-        "to": digest_of({name: other[name] for name in touched}),
+        "from": digest_of({name: base_parameters[name] for name in touched}),
+        "to": digest_of({name: tuned_parameters[name] for name in touched}),
         "prompts": prompts_record(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,
