@@ -5,7 +5,7 @@ the standard library only, know no other part of nnsplice, and take and return p
 Local runs use the very same functions.
 
     unpack / repack     the tensor in a module's value, and the value again around another tensor
-    spread              whether a tensor is spread over processes
+    sharding_text       how a tensor is sharded over processes
     as_rows             [prompt, token, width], also where a model keeps its tokens flat; as_held is the way back
     pick / put          chosen tokens and columns out of a tensor, and into a copy of it
     read_all, write_all what a remote run does: all the accesses of a plan, in order
@@ -34,14 +34,14 @@ def unpack(value: Any, item: int | None = None) -> Tensor:
         raise ValueError(f"element [{item}] was asked for, but the value is no container: {type(value).__name__}")
     if not isinstance(value, Tensor):
         raise ValueError(f"a {type(value).__name__} stands there, not a tensor")
-    how = spread(value)
+    how = sharding_text(value)
     if how:
         raise ValueError(f"the value is {how}, of which this process may have a part only: take its full_tensor()")
     return value
 
 
-def spread(tensor: Any) -> str:
-    """How a tensor is spread over processes, as words; empty where it is here as a whole."""
+def sharding_text(tensor: Any) -> str:
+    """How a tensor is sharded over processes, for a message; empty for a whole tensor."""
     if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
         placed = ", ".join(map(str, tensor.placements))
         return f"a DTensor over {tensor.device_mesh.size()} process(es), placed {placed}"

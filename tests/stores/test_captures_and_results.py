@@ -11,7 +11,7 @@ import torch
 
 import nnsplice as ns
 from buckets import bucket, server  # noqa: F401  (fixtures)
-from nnsplice.activations import data_sets
+from nnsplice.activations import capture_folder
 from nnsplice.errors import FileError, UnknownPath
 from nnsplice.stores import cloud
 from zoo import wrap
@@ -66,7 +66,7 @@ def test_captures_of_many_prompts(
 ) -> None:
     paths = ["layers[:].output[-1]", "layers[1].output[0]"]
     here = ns.capture_to(tmp_path / "a", model, PROMPTS, paths, chunk=2, progress=False)
-    captured, taken = data_sets.capture, []
+    captured, taken = capture_folder.capture, []
 
     def stops(*args: Any, **options: Any) -> Any:
         if len(taken) == 2:
@@ -74,7 +74,7 @@ def test_captures_of_many_prompts(
         taken.append(1)
         return captured(*args, **options)
 
-    monkeypatch.setattr(data_sets, "capture", stops)
+    monkeypatch.setattr(capture_folder, "capture", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.capture_to(f"{bucket}/a", model, PROMPTS, paths, chunk=2, progress=False)
     part = ns.SavedActivation.open(f"{bucket}/a")

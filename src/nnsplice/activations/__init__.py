@@ -13,13 +13,14 @@ rows, algebra           rows of a capture; its arithmetic
 encoding, prompts       prompts in any form as token ids, in batches of one length
 messages, named_spans   chat messages as prompts; named spans of tokens
 images, image_inputs, sounds, extra_inputs    inputs of a prompt besides its token ids
-data_sets, folders      captures of many prompts in a folder: written, read
+capture_folder          `capture_to`: captures of many prompts, written into a folder
+activation_folder       `ActivationFolder`: the same, read a file at a time
 storage, display        files; text and HTML for notebooks
 remote                  captures and writes on nnsight's remote service
 """
 
 from nnsplice.activations.capture import capture, save_activations
-from nnsplice.activations.data_sets import capture_to
+from nnsplice.activations.capture_folder import capture_to
 from nnsplice.activations.messages import chat
 from nnsplice.activations.patched import patched_logits
 from nnsplice.activations.saved_activation import SavedActivation

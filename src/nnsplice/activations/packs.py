@@ -1,4 +1,8 @@
-"""The content of a capture: one tensor per site, the keys of its positions, and the provenance."""
+"""The content of a capture: packs, and their provenance.
+
+A pack is the captured positions of one site, stacked in one tensor, with a key (site and position) for each. Entries of
+one site stay together this way: one gather from the model, one write, one step of arithmetic for all positions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pack:
-    """One site: a key for each position, and `[prompt, position, width]`."""
+    """The captured positions of one site: a key for each, and the values `[prompt, position, width]`."""
 
     keys: tuple[Path, ...]
     tensor: Tensor

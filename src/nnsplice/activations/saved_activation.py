@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import algebra, display, features, lookup, packs, storage, tree, writing
-from nnsplice.activations.folders import ActivationFolder
+from nnsplice.activations.activation_folder import ActivationFolder
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
@@ -65,6 +65,11 @@ class SavedActivation:
 
         Args:
             *pairs: paths with tensors `[prompt, width]`.
+
+        Raises:
+            MissingPosition: a path without a position.
+            ShapeError: a tensor of another shape, or with another number of prompts than the others.
+            DuplicatePath: the same site and position twice.
         """
         return cls._new(packs.from_pairs(pairs), Provenance(), None)
 
@@ -131,6 +136,9 @@ class SavedActivation:
 
         Args:
             path: a path of one site.
+
+        Raises:
+            UnknownPath: the capture does not have it.
         """
         return lookup.tensor(self._index, path, *self._context)
 
@@ -385,6 +393,11 @@ class SavedActivation:
         Args:
             model: the model that is traced.
             at: one position (or one for each row) to write at, instead of the keys' own.
+
+        Raises:
+            ShapeError: the width of a site, or the number of rows of the run, is another.
+            LateUpdate: a site has already run in this trace.
+            OverlappingWrite: two of the values are written to the same numbers.
         """
         self._check_saes(model)
         writing.write(model, self._packs, None, at=at)
@@ -427,6 +440,10 @@ class SavedActivation:
         Args:
             path: the file.
             sites: a path or several to read; all if left out.
+
+        Raises:
+            FileError: the file is not a capture, or is damaged.
+            UnknownPath: the file does not have a path.
         """
         of, provenance = storage.read(path, sites)
         return cls._new(of, provenance, None)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from nnsplice.errors import BadArgument
-from nnsplice.wire import spread
+from nnsplice.wire import sharding_text
 
 
 def refuse_sharded(parameters: Iterable[tuple[str, Any]], what: str) -> None:
@@ -28,7 +28,7 @@ def refuse_sharded(parameters: Iterable[tuple[str, Any]], what: str) -> None:
     if not distributed.is_available() or not distributed.is_initialized():
         return  # without processes nothing is spread, so the parameters need not be looked at
     for name, tensor in parameters:
-        how = spread(tensor) if isinstance(tensor, Tensor) else ""
+        how = sharding_text(tensor) if isinstance(tensor, Tensor) else ""
         if how:
             raise BadArgument(
                 f"{name} is {how}, and an address means rows and columns of the whole: {what} would be another site's",

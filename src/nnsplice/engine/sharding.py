@@ -48,10 +48,10 @@ def meshes_of(root: nn.Module) -> list[Any]:
     if not distributed.is_available() or not distributed.is_initialized():
         return []
     parameters = list(root.parameters())
-    spread = [p for p in parameters if wire.spread(p)]
-    if getattr(root, "_tp_size", None) not in (None, 1) or not all(hasattr(p, "device_mesh") for p in spread):
+    sharded = [p for p in parameters if wire.sharding_text(p)]
+    if getattr(root, "_tp_size", None) not in (None, 1) or not all(hasattr(p, "device_mesh") for p in sharded):
         return []
-    return list({id(p.device_mesh): p.device_mesh for p in spread}.values())  # type: ignore[attr-defined]
+    return list({id(p.device_mesh): p.device_mesh for p in sharded}.values())  # type: ignore[attr-defined]
 
 
 def _refuse_two_ways(root: nn.Module) -> None:

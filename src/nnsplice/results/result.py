@@ -168,6 +168,9 @@ class SweepResult:
 
         Args:
             metric: the name of the metric.
+
+        Raises:
+            BadArgument: no metric of this name was measured.
         """
         if metric not in self.metrics:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
@@ -181,6 +184,10 @@ class SweepResult:
         Args:
             component: the kind of site, if there are several: `"layers[:].mlp.output"`, or any path to such a site.
             by: `"role"` averages the tokens of each role, as `by_role()` does; or roles as `by_role` takes them.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not swept.
         """
         return labelled.grid(self.table, "value", component, by)
 
@@ -398,6 +405,9 @@ class SweepResult:
 
         Args:
             path: the file.
+
+        Raises:
+            FileError: the file is not a result, or is damaged.
         """
         return cls(files.read(path))
 

@@ -1,4 +1,4 @@
-"""Rules: the operator, site, tokens and condition of a steering, as plain values."""
+"""Rules: the direction, operator, site, tokens and condition of steering, as plain values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nnsplice.steering.sites import LEAVE_OUT, NOT_ZERO, vectors_of
 from nnsplice.steering.where import Where
 from nnsplice.warn import warn_caller
 
-#: A number for every row, or one for each.
+#: One number for all rows, or one for each row.
 Coefficients = float | tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A condition that is evaluated for each row at its prompt, and holds for all tokens generated from it.
+    """A condition that is evaluated once per prompt, and decides for all tokens generated from it.
 
     Made by `similar`.
     """
@@ -44,7 +44,7 @@ class Condition:
         return f"similar(direction, {str(self.path)!r}, {', '.join(bounds)})"
 
     def holds(self, states: Tensor) -> Tensor:
-        """Whether it holds for each of `[row, width]`."""
+        """Whether the condition holds for each state of `[row, width]`: `[row]`."""
         if states.shape[-1] != self.direction.shape[-1]:
             raise ShapeError(
                 f"the condition's direction is {self.direction.shape[-1]} wide, the site {states.shape[-1]}",
@@ -62,7 +62,7 @@ def similar(
 ) -> Condition:
     """A condition for `steer(..., when=)`: steer the rows whose state has a given cosine similarity with a direction.
 
-    The state is read once, in the prompt, and the decision holds for all tokens generated from it.
+    The state is read once, in the prompt, and decides for all tokens generated from it.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -112,7 +112,7 @@ def similar(
 
 
 def _direction_at(saved: SavedActivation, place: Path) -> Tensor:
-    """The entry of a capture at a site, at any position."""
+    """The entry of a capture at a site: at this position, or its only entry there."""
     if place in saved:
         return saved[place]
     try:
@@ -126,7 +126,7 @@ def _direction_at(saved: SavedActivation, place: Path) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class OfFeature:
-    """An operator of states that applies the given one to a feature, and keeps the error of the SAE."""
+    """An operator on states that applies another one to a feature of an SAE, and keeps the SAE's error."""
 
     sae: Features
     site: Site
@@ -150,8 +150,8 @@ class Rule:
         operator: the function of states, direction and coefficient.
         where: the tokens.
         when: the condition.
-        feature: the feature of an SAE that is steered, at the site that the SAE reads; None for the site itself.
-        rows: the only rows, in a sweep that runs many cells in one pass.
+        feature: the steered feature of an SAE that is attached to the site; None for the site itself.
+        rows: the rows of the batch that the rule is for, in a sweep that runs many cells in one pass; None for all.
     """
 
     path: Path
@@ -176,12 +176,12 @@ class Rule:
 
     @property
     def requested(self) -> Operator:
-        """The operator that was given, of states or of the feature."""
+        """The operator that was given, which acts on states or on the feature."""
         return self.operator.operator if isinstance(self.operator, OfFeature) else self.operator
 
     @property
     def adds(self) -> bool:
-        """Whether it adds the vector to the states, as `operator="add"` does; a function of that name may do more."""
+        """Whether it adds the vector to the states, as `operator="add"` does."""
         return self.operator is OPERATORS["add"]
 
     def __str__(self) -> str:
@@ -205,7 +205,9 @@ def rules_of(
     Raises:
         OutOfRange: the vector is of a layer that the model does not have.
         RefusedPlace: the site is derived from several values.
-        BadArgument: an unknown operator, or an option without effect.
+        BadArgument: an unknown operator, a vector of zeros, or an option without effect.
+        BadType: something other than a vector or a condition.
+        ShapeError: a vector of several rows.
     """
     if not isinstance(vector, SavedActivation):
         raise BadType(f"{named(vector)} is no vector", expected="what ns.steering.fit returns, or a capture of one row")
@@ -221,7 +223,7 @@ def rules_of(
     name, function = _operator(operator)
     if plane is not None and name != "rotate":
         raise BadArgument(f"{name} turns nothing, so plane= would have no effect", write='operator="rotate"')
-    condition = None if when is None else _located(model, when)
+    condition = None if when is None else _expanded(model, when)
     known = engine.map_of(model)
     rules: list[Rule] = []
     for key, direction in vectors_of(vector):
@@ -236,7 +238,7 @@ def rules_of(
                 expected="the residual stream, what a branch adds to it, a head or a neuron",
                 write="layers[i].output",
             )
-        _refuse_read_of_encoder(path)
+        _refuse_cross_keys(path)
         if not bool(direction.norm() > 0):
             raise BadArgument(
                 "a zero vector, so steering with it would do nothing", path=key, expected=NOT_ZERO, write=LEAVE_OUT
@@ -263,7 +265,7 @@ def rules_of(
 def _operator(operator: str | Operator) -> tuple[str, Operator]:
     if callable(operator):
         name = getattr(operator, "__name__", "function")
-        # A function of the user's may be called as one of the names is, and be none of them.
+        # A user's function may have the name of an operator.
         return f"{name}()" if name in OPERATORS else name, operator
     if operator not in OPERATORS:
         raise BadArgument(
@@ -273,10 +275,10 @@ def _operator(operator: str | Operator) -> tuple[str, Operator]:
 
 
 def coefficients(value: Any) -> Coefficients:
-    """A number, or one for each row.
+    """A coefficient as one number, or as one for each row.
 
     Raises:
-        BadType: something else.
+        BadType: neither a number nor a sequence of numbers.
     """
     if isinstance(value, Tensor):
         if value.dim() > 1:
@@ -303,18 +305,18 @@ def _plane_direction(plane: SavedActivation, key: Path, direction: Tensor) -> Te
     return second
 
 
-def _located(model: engine.Model, when: Condition) -> Condition:
+def _expanded(model: engine.Model, when: Condition) -> Condition:
     found = engine.expand(model, when.path)
     if len(found) != 1:
         raise BadArgument(f"a condition reads one site, and this is {len(found)}", path=when.path)
     if site_of(found[0]).kind in DERIVED:
         raise RefusedPlace("a condition reads a state, and this is derived from several values", path=when.path)
-    _refuse_read_of_encoder(found[0])
+    _refuse_cross_keys(found[0])
     return Condition(found[0], when.direction, when.above, when.below)
 
 
-def _refuse_read_of_encoder(path: Path) -> None:
-    """Raise for cross-attention: tokens of one tower in the passes of the other."""
+def _refuse_cross_keys(path: Path) -> None:
+    """Raise for keys and values of cross-attention: encoder tokens in passes of the decoder."""
     if site_of(path).tower == "encoder" and not path.native and path.tower != "encoder":
         raise RefusedPlace(
             "keys and values of cross-attention are of the encoder's tokens and run in the decoder, which computes "
@@ -326,7 +328,7 @@ def _refuse_read_of_encoder(path: Path) -> None:
 
 
 def _check_order(known: engine.ModelMap, condition: Condition, path: Path, where: Where) -> None:
-    """Raise if the rule would need the condition before it is evaluated."""
+    """Raise if the condition is evaluated after the rule needs it."""
     after = known.rank(condition.path)[0] > known.rank(path)[0]
     if after and where.kind != "generated":
         raise BadArgument(

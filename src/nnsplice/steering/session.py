@@ -1,4 +1,4 @@
-"""The session of a steering block: its rules, applied to every pass while the block is open."""
+"""The session of a steering block: applies its rules to every forward pass in the block."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import BadArgument, NeverFired, ShapeError, named
 from nnsplice.paths import Path
 from nnsplice.steering.rules import Condition, Rule
-from nnsplice.steering.where import Chosen, spread
+from nnsplice.steering.where import Chosen, per_row
 
 
-class ConditionAnswers:
-    """The answers to one condition, `[row]` for each batch of prompts that ran."""
+class ConditionState:
+    """The decisions of one condition: `[row]` for each batch of prompts, also for the tokens generated from it."""
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
-        self.answers: weakref.WeakKeyDictionary[engine.Generation, Tensor] = weakref.WeakKeyDictionary()
+        self.decisions: weakref.WeakKeyDictionary[engine.Generation, Tensor] = weakref.WeakKeyDictionary()
 
     def read(self, states: Tensor, call: engine.ForwardCall) -> None:
-        """Evaluate the condition for the rows of a pass, once, in the pass that has the condition's token."""
-        if call.generation in self.answers or call.cached >= call.prompt_columns:
+        """Evaluate the condition on states `[row, token, width]`, in the pass that has the condition's token."""
+        if call.generation in self.decisions or call.cached >= call.prompt_columns:
             return
         position = self.condition.path.position
         assert isinstance(position, int)
         wanted = position if position >= 0 else call.prompt_lengths[:, None] + position
         here = (call.positions == wanted).expand(call.rows, -1)
-        if not bool(here.any(-1).all()):  # a long prompt that comes in parts
+        if not bool(here.any(-1).all()):  # a long prompt that is run in parts
             return
         found = states[torch.arange(call.rows, device=states.device), here.long().argmax(-1).to(states.device)]
-        self.answers[call.generation] = self.condition.holds(found)
+        self.decisions[call.generation] = self.condition.holds(found)
 
     def of(self, call: engine.ForwardCall) -> Tensor:
-        """`[row]`: the answers for the rows of a pass."""
-        answer = self.answers.get(call.generation)
+        """The decisions for the rows of a pass: `[row]`."""
+        answer = self.decisions.get(call.generation)
         if answer is None:
             raise BadArgument(
                 f"{self.condition.path} was not met before it was needed: the prompt is shorter, comes in several "
                 "parts, or ran before this steering block",
                 expected="a position that every prompt has, and the whole prompt in one pass",
             )
-        return spread(answer, call, "a condition's answer")
+        return per_row(answer, call, "a condition's answer")
 
 
 class ActiveRule:
-    """A rule in a session: with its tensors on each device, and whether it steered a token."""
+    """A rule in a session, with its tensors on each device, and whether it has steered a token."""
 
-    def __init__(self, rule: Rule, answers: ConditionAnswers | None) -> None:
+    def __init__(self, rule: Rule, decisions: ConditionState | None) -> None:
         self.rule: Rule = rule
-        self.answers: ConditionAnswers | None = answers
+        self.decisions: ConditionState | None = decisions
         self.fired: bool | Tensor = False
-        #: The states before and after the rule, with their pass; None unless they are recorded.
+        #: If recording: the states before and after the rule, with their pass.
         self.recorded: list[tuple[Tensor, Tensor, engine.ForwardCall]] | None = None
         self._lock = threading.Lock()
         self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Any]] = {}
@@ -76,7 +76,7 @@ class ActiveRule:
         if chosen is False:
             return states
         with self._lock:  # threads may run inside one block
-            self.fired = True if chosen is True else _or(self.fired, chosen)
+            self.fired = True if chosen is True else _any_fired(self.fired, chosen)
         if rule.rows is not None:
             return self._changed_rows(states, chosen)
         new = self._changed(states, call)
@@ -84,24 +84,24 @@ class ActiveRule:
 
     def _chosen(self, call: engine.ForwardCall) -> Chosen:
         chosen = self.rule.where.chosen(call)
-        if chosen is False or self.answers is None:
+        if chosen is False or self.decisions is None:
             return chosen
-        answer = self.answers.of(call)
-        self.fired = True  # also if the answer is no for every row
+        answer = self.decisions.of(call)
+        self.fired = True  # also if the condition holds for no row
         whole = torch.ones(1, call.new, dtype=torch.bool, device=answer.device) if chosen is True else chosen
         return whole.to(answer.device) & answer[:, None]
 
     def _changed(self, states: Tensor, call: engine.ForwardCall) -> Tensor:
         rule = self.rule
         if rule.adds:
-            return states + spread(self._step(states), call, "the coefficient")
+            return states + per_row(self._step(states), call, "the coefficient")
         vector, coefficient = self._operands(states)
         if isinstance(coefficient, Tensor):
-            coefficient = spread(coefficient, call, "the coefficient")
+            coefficient = per_row(coefficient, call, "the coefficient")
         return _checked(rule, rule.operator(_at_least_float32(states), vector, coefficient), states)
 
     def _changed_rows(self, states: Tensor, chosen: Chosen) -> Tensor:
-        """The states after a rule of a sweep, which concerns some rows: the others belong to other cells."""
+        """The states after a rule of a sweep, which is for some rows; the other rows belong to other cells."""
         rule = self.rule
         rows = torch.tensor(rule.rows, device=states.device)
         part = states[rows]
@@ -116,7 +116,7 @@ class ActiveRule:
         return states.index_copy(0, rows, new)
 
     def _step(self, states: Tensor) -> Tensor:
-        """The summand of an add, `[given row or 1, 1, width]`: computed once, in full precision, and rounded once."""
+        """The addend of `operator="add"`, `[prompt or 1, 1, width]`: computed in float32 or better, and cast once."""
         key = (states.device, states.dtype)
         if key not in self._steps:
             vector = self.rule.vector.to(torch.promote_types(self.rule.vector.dtype, torch.float32))
@@ -138,24 +138,24 @@ class ActiveRule:
 
 
 class Session:
-    """Rules in a model, from `start` to `stop`.
+    """The rules of a steering block, in effect from `start` to `stop`.
 
-    They apply to the thread that starts them, and to threads with a copy of its context (as `asyncio.to_thread`).
+    They apply to the thread that starts them, and to threads with a copy of its context (such as `asyncio.to_thread`).
     """
 
     def __init__(self, model: engine.Model, rules: Sequence[Rule]) -> None:
         self.model: engine.Model = model
         self.rules: Sequence[Rule] = rules
-        answers_of: dict[int, ConditionAnswers] = {}
+        decisions_of: dict[int, ConditionState] = {}
         for rule in rules:
             if rule.when is not None:
-                answers_of.setdefault(id(rule.when), ConditionAnswers(rule.when))
+                decisions_of.setdefault(id(rule.when), ConditionState(rule.when))
         self.active_rules: list[ActiveRule] = [
-            ActiveRule(rule, None if rule.when is None else answers_of[id(rule.when)]) for rule in rules
+            ActiveRule(rule, None if rule.when is None else decisions_of[id(rule.when)]) for rule in rules
         ]
         self._members: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
-        for answers in answers_of.values():  # before the rules of the same site
-            self._add(answers.condition.path, answers.read)
+        for decisions in decisions_of.values():  # conditions are evaluated before the rules of the same site
+            self._add(decisions.condition.path, decisions.read)
         for active in self.active_rules:
             self._add(active.rule.path, active)
         self.passes: int = 0
@@ -183,7 +183,7 @@ class Session:
         _inside.set(_inside.get() | {self})
 
     def stop(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks."""
         self.is_open = False
         _inside.set(_inside.get() - {self})
         for one in self._interceptions:
@@ -196,10 +196,10 @@ class Session:
         return self in _inside.get() or self.home == engine.current_task()
 
     def steers(self) -> bool:
-        """Whether the pass that runs now is this block's.
+        """Whether the current pass is steered by this block.
 
         Raises:
-            BadArgument: it is another thread's, which has no block of its own.
+            BadArgument: it runs in another thread that has no steering block.
         """
         if engine.is_probing():
             return False
@@ -227,7 +227,7 @@ class Session:
         self.stop()
 
     def check_fired(self) -> None:
-        """Raise for a rule that never met a token."""
+        """Raise for a rule that steered no token."""
         for active in self.active_rules:
             if bool(active.fired):
                 continue
@@ -255,7 +255,7 @@ _EXPECTED = {
 
 
 class _Hook:
-    """The rules and conditions at one end of one module."""
+    """The hook of the rules and conditions at the input or output of one module."""
 
     def __init__(self, session: Session, tower: str, module: str, members: Sequence[tuple[Path, Any]]) -> None:
         self.session, self.tower, self.module = session, tower, module
@@ -278,7 +278,7 @@ class _Hook:
 
 
 def _apply_at(site: Site, value: Any, what: Any, call: engine.ForwardCall) -> Any:
-    """The value after one rule or condition."""
+    """The value of a module after one rule or condition."""
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)
     states = held if held.dim() == 3 else wire.as_rows(held, call.rows, site.columns is not None)
@@ -305,15 +305,15 @@ def _apply_at(site: Site, value: Any, what: Any, call: engine.ForwardCall) -> An
         new = torch.cat([states[..., :start], new, states[..., stop:]], dim=-1)
     new = wire.as_held(new, held)
     if site.kind == "stream":
-        # In place: the skip path reads the same tensor.
+        # In place: the skip connection uses the same tensor.
         held.copy_(new)
         return value
     packed = wire.repack(inner, site.item, new)
     return engine.with_first_input(value, packed) if site.end == "input" else packed
 
 
-def _or(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
-    # Kept on the device: to read it at every token would synchronise the GPU.
+def _any_fired(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
+    # Kept on the device, as reading it at every token would synchronise the GPU.
     return fired if fired is True else chosen.any() if fired is False else fired | chosen.any()
 
 

@@ -203,7 +203,7 @@ def _from(where: Where, call: ForwardCall) -> Chosen:
 def _span(where: Where, call: ForwardCall) -> Chosen:
     start, stop = (torch.tensor(numbers, device=call.device)[:, None] for numbers in (where.start, where.stop))
     lengths = call.prompt_lengths[:, None] if min(where.start + where.stop) < 0 else torch.zeros_like(start[:1])
-    start, stop = (_of_row(numbers, call) for numbers in (start, stop))
+    start, stop = (per_row(numbers, call, "where") for numbers in (start, stop))
     start, stop = (torch.where(numbers < 0, numbers + lengths, numbers) for numbers in (start, stop))
     return (call.positions >= start) & (call.positions < stop) & (call.positions >= 0)
 
@@ -214,7 +214,7 @@ def _mask(where: Where, call: ForwardCall) -> Chosen:
     positions = call.positions.expand(call.rows, -1)
     # Padding (-1) and tokens after the mask read the added last column, which is False.
     return (
-        _of_row(rows, call)
+        per_row(rows, call, "where")
         .expand(call.rows, -1)
         .gather(1, positions.masked_fill(positions < 0, width).clamp(max=width))
     )
@@ -224,13 +224,10 @@ def _counted(position: int, call: ForwardCall) -> int | Tensor:
     return position if position >= 0 else call.prompt_lengths[:, None] + position
 
 
-def _of_row(values: Tensor, call: ForwardCall) -> Tensor:
-    """Values for the rows of a run; the rows of a beam search have the values of their prompt."""
-    return spread(values, call, "where")
+def per_row(values: Tensor, call: ForwardCall, what: str) -> Tensor:
+    """Values given for each prompt, `[prompt or 1, ...]`, for the rows of a pass: `[row or 1, ...]`.
 
-
-def spread(values: Tensor, call: ForwardCall, what: str) -> Tensor:
-    """Values `[given row or 1, ...]` as `[row or 1, ...]` of a pass.
+    In a beam search a prompt has several rows.
 
     Raises:
         ShapeError: another number of rows than the run has.

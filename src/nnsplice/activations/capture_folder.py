@@ -14,9 +14,9 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
+from nnsplice.activations.activation_folder import FORMAT, KIND, ActivationFolder, read_manifest
 from nnsplice.activations.capture import capture, rows_at_once
 from nnsplice.activations.encoding import encode, one_by_one
-from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, read_manifest
 from nnsplice.activations.messages import is_chat
 from nnsplice.activations.prompts import Prompts, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
@@ -26,7 +26,7 @@ from nnsplice.paths import Path, Paths, Slice, parse_path
 from nnsplice.progress import bar
 from nnsplice.stores import Store, store_of
 
-#: Prompts in a chunk, and tokens that run at once.
+#: Defaults: prompts in a chunk, and tokens that run at once.
 CHUNK, TOKENS = 256, 4096
 
 
@@ -42,9 +42,9 @@ def capture_to(
     max_tokens: int = TOKENS,
     progress: bool = True,
 ) -> ActivationFolder[SavedActivation]:
-    """Capture sites of the runs of many prompts into a folder, a chunk at a time; the same call goes on after a stop.
+    """Capture sites of many prompts into a folder, a chunk at a time; the same call resumes after an interruption.
 
-    In memory there is one chunk. With `[:]` all tokens of prompts of any length are captured.
+    One chunk is in memory at a time. With `[:]` all tokens of prompts of any length are captured.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -53,12 +53,12 @@ def capture_to(
     5
 
     Args:
-        folder: where the captures go, made if it is not there; or an address of an object store (`"s3://bucket/a"`,
+        folder: the folder, which is made if needed; or an address of an object store (`"s3://bucket/a"`,
             `"gs://..."`; extra `cloud`).
         model: the model.
-        prompts: any iterable: texts, lists of token ids, or the rows of a data set, of which `column` is taken.
+        prompts: any iterable: texts, lists of token ids, or the rows of a data set, whose `column` is read.
         paths: sites with token positions, as for `ns.capture`.
-        spans: where named spans stand, with one for each prompt, where the prompts have a length.
+        spans: token spans by name, as for `ns.capture`: one for all prompts, or a list with one for each.
         column: the column of a data set that holds the prompts.
         chunk: how many prompts are captured and written together.
         max_tokens: how many tokens run at once.
@@ -69,7 +69,7 @@ def capture_to(
 
     Raises:
         BadArgument: no prompts, one prompt, or a number below 1.
-        FileError: the folder holds captures of something else, or its prompts were others.
+        FileError: the folder holds another capture, or captures of other prompts.
     """
     if chunk < 1 or max_tokens < 1:
         raise BadArgument(f"chunk={chunk}, max_tokens={max_tokens}", expected="at least 1")
@@ -127,7 +127,7 @@ def _prompt_of_row(row: Any, column: str) -> Any:
 
 
 def _chunk_spans(of: Any, start: int, count: int) -> Any:
-    """The spans of a chunk, if there is one for each prompt."""
+    """The spans of the prompts of a chunk; a single span is for all prompts."""
     one = isinstance(of, str) or (isinstance(of, tuple) and all(isinstance(n, int) for n in of))
     return of if one else of[start : start + count]
 

@@ -1,4 +1,4 @@
-"""Captures of whole data sets: a folder of safetensors files, read a file at a time.
+"""`ActivationFolder`: captures of many prompts in a folder of safetensors files, read a file at a time.
 
     capture.json           the manifest: model, weights, sites, prompts per chunk
     chunk-000007.json      the prompts of a chunk, and the files that hold them
@@ -38,7 +38,7 @@ CaptureT = TypeVar("CaptureT", bound=_Capture)
 
 @dataclass(frozen=True)
 class ActivationFolder(Generic[CaptureT]):
-    """Captures in a folder, which are read when they are used.
+    """Captures in a folder; values are read from the files when they are asked for.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ class ActivationFolder(Generic[CaptureT]):
         return cls(store, manifest, files, complete, read)
 
     def __repr__(self) -> str:
-        """Line by line: how much there is of which model, and where; the sites."""
+        """Three lines: the numbers of sites and prompts, and the model; the sites; the folder."""
         state = "" if self.is_complete else ", not finished"
         sites = ", ".join(self.paths[:6]) + (f" and {len(self.paths) - 6} more" if len(self.paths) > 6 else "")
         return (
@@ -108,7 +108,7 @@ class ActivationFolder(Generic[CaptureT]):
         return sum(len(rows) for _, rows in self.files)
 
     def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], CaptureT]]:
-        """Each file's prompts by their numbers, and its capture; with `paths` only these sites of it are read."""
+        """For each file, the numbers of its prompts and its capture; with `paths`, of these sites only."""
         for name, rows in self.files:
             yield rows, self.read(self.store.at(name), paths)
 
@@ -116,7 +116,8 @@ class ActivationFolder(Generic[CaptureT]):
         """One site of all prompts, `[prompt, width]`; the other sites are not read.
 
         Raises:
-            UnknownPath: it was not captured in all of them.
+            UnknownPath: the site was not captured.
+            BadArgument: prompts of different lengths, captured at all tokens.
         """
         found: Tensor | None = None
         for rows, part in self.parts(path):
@@ -146,6 +147,9 @@ class ActivationFolder(Generic[CaptureT]):
 
         Args:
             seed: shuffles the files, and the tokens within each.
+
+        Raises:
+            UnknownPath: the site was not captured.
         """
         if batch_size < 1:
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
