@@ -1,9 +1,9 @@
-"""Attention for packed tokens: Hugging Face's blocks with an attention function of their registry.
+"""Attention for packed tokens, through the attention registry of transformers.
 
-Transformers looks its attention function up by name, in a public registry. Under the name registered here a function
-runs that the caller has chosen for the time being: one that records keys, values and masks of a whole run, or one that
-lets each packed row attend to the recorded prefix and its own tokens. What is computed of queries, keys, values and a
-mask is left to the function that the model would have called itself.
+Transformers looks up its attention function by name in a public registry. The name registered here calls the function
+that `attention(root, attend)` has set: one that records keys, values and masks of a whole run, or one that lets each
+packed row attend to the recorded prefix and its own tokens. The arithmetic is left to the model's own function (sdpa,
+eager, ...).
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ _KNOWN = {"dropout", "scaling", "softcap", "s_aux", "sliding_window"}
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of a model's attention function, heads first: `[batch, head, token, width]`."""
+    """One call of a model's attention function; queries, keys and values are `[batch, head, token, width]`."""
 
     module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor
-    #: What the module was given as its mask.
+    #: The mask that the module was called with.
     mask: Tensor | None
     is_causal: bool
-    #: The other arguments that the function reads.
+    #: The other arguments of the function: scaling, softcap, ...
     more: Mapping[str, Any]
-    #: The name of the attention that the model is set to: `"sdpa"`, `"eager"`, ...
+    #: The name of the model's own attention function: `"sdpa"`, `"eager"`, ...
     own: str
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The model's own function for other tokens: `[row, query, head, width]`.
 
         Args:
-            mask: `[row or 1, head or 1, query, key]`, which token sees which, or what is added to their scores; None:
-                every query sees every key.
+            mask: `[row or 1, head or 1, query, key]`: True where a query sees a key, or numbers added to the scores;
+                None if every query sees every key.
         """
         if self.own != "eager":
             return _registered("sdpa")(self.module, query, key, value, mask, is_causal=False, **self.more)[0]
@@ -67,7 +67,7 @@ class AttentionCall:
 
     @property
     def masks_by_arguments(self) -> bool:
-        """Whether the mask stands in arguments only, as in flash attention."""
+        """Whether the mask is given by arguments such as `sliding_window` only, as for flash attention."""
         return "flash" in self.own
 
 
@@ -75,7 +75,7 @@ Attend = Callable[[AttentionCall], Tensor]
 
 
 class _Active(threading.local):
-    """What runs in this thread, and what ran before: the name of its attention by each config's id."""
+    """The attention function set in this thread, and the model's own one: its name by the config's id."""
 
     now: tuple[Attend, Mapping[int, str]] | None = None
 
@@ -90,9 +90,9 @@ _active = _Active()
 
 @contextmanager
 def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
-    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens.
+    """In this block every attention of the model runs `attend`; the model's own function is restored at the end.
 
-    It runs in this thread only: another that runs the model meanwhile is refused.
+    It holds in this thread only; a run of the model in another thread is refused meanwhile.
     """
     _register()
     with engine.other_attention(root, NAME) as before:
@@ -106,7 +106,7 @@ def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
 
 
 def is_exchanged() -> bool:
-    """Whether another attention than the model's own runs in this thread."""
+    """Whether an attention function is set in this thread."""
     return _active.now is not None
 
 
@@ -137,7 +137,7 @@ def _own(config: Any) -> str:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    """The mask that the model makes of its own accord, written out where it would have been left to the kernel."""
+    """The mask of the model's own attention, as a tensor also where sdpa would use `is_causal` instead."""
     from transformers import AttentionMaskInterface
 
     made = AttentionMaskInterface()["eager" if _own(kwargs.get("config")) == "eager" else "sdpa"]
@@ -176,15 +176,15 @@ class KeyValueRecorder:
     #: `[prompt, group, token, width]`
     key_values: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[nn.Module, Tensor] = field(default_factory=dict)
-    #: The arguments of the block whose attention runs next.
+    #: The tensor arguments of the block that runs now.
     block_inputs: Sequence[Tensor] = ()
-    #: Masks that stand in arguments only: by length, window and device.
-    _written: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
-    #: Masks that a block was given on another device: by what was given, and where the copy is.
+    #: Masks of attention that is masked by arguments: by length, window and device.
+    _built: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    #: Masks that accelerate copied to a block's device: by the id of the original and the device.
     _moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """The model's own attention, with everything kept that it is given."""
+        """Record a call, and run the model's own attention."""
         if call.module in self.key_values:
             raise NotImplementedError("one attention module runs several times in a pass")
         self.key_values[call.module] = (call.key, call.value)
@@ -198,13 +198,13 @@ class KeyValueRecorder:
                 raise NotImplementedError(LATER)
             window = call.more.get("sliding_window") if call.masks_by_arguments else None
             device = call.key.device
-            return self._written.setdefault((length, window, device), causal(length, window, device))
+            return self._built.setdefault((length, window, device), causal(length, window, device))
         if not isinstance(mask, Tensor):
             raise NotImplementedError(f"its attention is given a {type(mask).__name__} as a mask")
         memory = mask.untyped_storage().data_ptr()
         if any(tensor.untyped_storage().data_ptr() == memory for tensor in self.block_inputs):
             return mask
-        # A block on another device is given a copy, by a hook of accelerate's.
+        # accelerate copies the arguments of a block on another device.
         for given in self.block_inputs:
             if given.device != mask.device and given.shape == mask.shape and given.dtype == mask.dtype:
                 known = self._moved.get((id(given), mask.device))
@@ -220,16 +220,16 @@ class KeyValueRecorder:
 class PackedAttention:
     """Attention of packed rows over the recorded prefix and their own tokens."""
 
-    #: Of all recorded tokens, by attention module.
+    #: Keys and values of all recorded tokens, by attention module.
     recorded: Mapping[nn.Module, KeyValue]
-    #: See `masks.table`.
+    #: The masks of the recorded prompts, by attention module; see `masks.tables`.
     masks: Mapping[nn.Module, Tensor | None]
     groups: Sequence[AttentionGroup]
-    #: Own keys and values from an earlier pass through this block, whose queries were not used.
+    #: The rows' own keys and values from an earlier pass through this block; None: those of this call.
     own: KeyValue | None = None
-    #: Whether this is such an earlier pass.
+    #: Whether to leave the block (`LeftBlock`) once the rows' own keys and values are known.
     stops_at_keys: bool = False
-    #: Token of the pack -> the heads in which it does not see a key, and the key's position.
+    #: Knockouts: token of the pack -> pairs of a head and the position of a key that it does not see.
     cut_edges: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -257,7 +257,7 @@ class PackedAttention:
 
 
 class LeftBlock(Exception):  # no error: ends a block that ran for its keys and values only
-    """A pass through a block ended where its keys and values were known."""
+    """Ends a pass through a block once its keys and values are known."""
 
     def __init__(self, own: KeyValue) -> None:
         super().__init__("a block was left early")

@@ -1,4 +1,4 @@
-"""The runs that rows edit: a model, its prompts, and what is done to each run first."""
+"""`Base`: the unedited runs that rows start from."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from nnsplice.atlas import unwrap
 from nnsplice.packed.cost import CostModel
 from nnsplice.paths import Path
 
-#: Numbers of prompts that run together -> what they run in.
+#: A context for a run of the prompts with these numbers.
 Around = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
 def unchanged(_prompts: Sequence[int]) -> AbstractContextManager[Any]:
-    """Nothing is done to the runs."""
+    """A context that changes nothing."""
     return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """Where rows come from. What is found out about it on the way is kept in `memo`."""
+    """The model and prompts that rows edit, with a cache (`memo`) of the recording and of checks."""
 
     model: engine.Model
     prompts: Prompts
-    #: For edits that all rows share, such as the noise of a causal trace: while this context lasts, a call of the model
-    #: is the run that rows start from.
+    #: The context of every run, for an edit that all rows share, such as the noise of a causal trace.
     around: Around = unchanged
-    #: Sites, as `expand` returns them, whose values are kept of the runs.
+    #: Sites, as `expand` returns them, whose values in the unedited runs are kept.
     keep: tuple[Path, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -45,5 +44,5 @@ class Base:
 
     @cached_property
     def cost_model(self) -> CostModel:
-        """What tokens cost in the model."""
+        """The cost of tokens in the model."""
         return CostModel.of(self.model)

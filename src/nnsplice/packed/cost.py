@@ -1,4 +1,4 @@
-"""The cost of runs: passes, calls of blocks, tokens, operations."""
+"""The cost of runs: forward passes, block calls, tokens, floating point operations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nnsplice.atlas import Atlas, Tower, unwrap
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What something cost."""
+    """The cost of some runs."""
 
-    #: Tokens that went through a block, counted at every block anew.
+    #: Tokens times blocks that they went through.
     tokens: int = 0
     forwards: int = 0
     block_calls: int = 0
-    #: See `CostModel`.
+    #: Floating point operations, as `CostModel` counts them.
     flops: float = 0.0
     #: The most tokens that were in memory at once.
     peak: int = 0
@@ -36,27 +36,27 @@ class Cost:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that a result has of it."""
+        """The fields of `results.Run`."""
         return {name: getattr(self, name) for name in ("forwards", "block_calls", "tokens", "flops")}
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What tokens cost in a model: two operations for every number of a matrix that a token is multiplied with.
+    """The operations per token in a model: two for each element of a matrix that the token is multiplied with.
 
-    What tokens do to each other is left out, as are norms and the like: a tenth of the whole where prompts are short.
-    Keys and values of another tower are counted by the tokens of their own.
+    Attention scores, norms and the like are left out, about a tenth of the whole for short prompts. Keys and values of
+    another tower count for the tokens of that tower.
     """
 
     root: nn.Module
     towers: Mapping[str, Tower]
-    #: How many experts a token goes to.
+    #: The number of experts per token.
     routed: int = 1
     _known: dict[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: engine.Model) -> CostModel:
-        """Of a model's blocks and its unembedding; of all its matrices, where it has no blocks."""
+        """The cost model of a model's blocks and unembedding; of all its matrices if it has no blocks."""
         root = unwrap(model)
         config = getattr(root, "config", None)
         return cls(root, Atlas.of(model).towers, getattr(config, "num_experts_per_tok", None) or 1)
@@ -84,11 +84,11 @@ class CostModel:
         return matrices + sum(2 * shape[1:].numel() * min(self.routed, shape[0]) for shape in own if len(shape) == 3)
 
     def whole(self, prompts: Prompts, rows: Sequence[int], logits: int, skipped: int = 0) -> Cost:
-        """One forward pass of some prompts.
+        """The cost of one forward pass of some prompts.
 
         Args:
-            logits: of how many tokens of each they are computed.
-            skipped: how many blocks are left out, from the first.
+            logits: the number of tokens of each prompt whose logits are computed.
+            skipped: the number of blocks that are skipped, from the first.
         """
         towers = sorted(self.towers.values(), key=lambda tower: tower.name != "encoder")
         lengths = {name: sum(prompts.lengths(name)[row] for row in rows) for name in ("encoder", "decoder")}

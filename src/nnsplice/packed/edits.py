@@ -1,4 +1,4 @@
-"""Writing and reading packed tokens, between blocks and inside them."""
+"""Edits and reads of packed tokens, between blocks and inside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nnsplice.packed.layout import Find
 from nnsplice.packed.rows import Change, Edit, PlacedItem, Read
 from nnsplice.packed.sae_edits import PartChange
 
-#: The number of a row, and one of its edits or reads.
+#: The index of a row, and one of its edits or reads.
 Numbered = tuple[int, PlacedItem]
 
 
 def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
-    """A copy of `[token, width]` with these edits done; all of them at one site, or of the whole width."""
+    """The values `[token, width]` of one site, with these edits; a copy if anything changes."""
     alike: dict[Change, list[tuple[int, Edit]]] = {}
     parts: dict[tuple[PartChange, str], list[tuple[int, Edit]]] = {}
     for number, placed in edits:
@@ -37,14 +37,14 @@ def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
         at, given, _ = _gathered(members, find, values, values.shape[-1])
         if len(at):
             out = values.clone() if out is None else out
-            # Of `out`, as an edit may stand on what another change made of the same token.
+            # From `out`: several edits of a token apply one after the other.
             out[at] = change(out[at], given).to(out)
     before = values if out is None else out
     for (change, kind), members in parts.items():
         at, given, sites = _gathered(members, find, values, 1 if kind == "feature" else values.shape[-1])
         if len(at):
             out = before.clone() if out is None or out is before else out
-            # Of `before`: an SAE reads what stood there, and what its parts change by at one token adds up.
+            # From `before`: the SAE encodes the value without these edits, and the changes of its features add up.
             out.index_add_(0, at, change.steps(before[at], given, sites).to(out))
     return values if out is None else out
 
@@ -52,7 +52,7 @@ def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
 def _gathered(
     members: Sequence[tuple[int, Edit]], find: Find, values: Tensor, width: int
 ) -> tuple[Tensor, Tensor | None, list[Site]]:
-    """Where the edited tokens stand, what is given for them, and the site that each is about."""
+    """The indices of the edited tokens `[n]`, the given values `[n, width]` or None, and the site of each."""
     where: list[int] = []
     news: list[Tensor] = []
     sites: list[Site] = []
@@ -67,18 +67,18 @@ def _gathered(
         given = edit.values(width)
         if given is not None:
             news += [given[order] for order, _ in there]
-    # Stacked where they are, as a copy for each would cost more than all of them.
+    # Stacked on their own device and copied once, as many small copies are slow.
     if len({new.device for new in news}) > 1:
         news = [new.to(values.device) for new in news]
     return on_device(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None, sites
 
 
-#: What rows have read on their way: by the number of the row and the read, `[position, width]`.
+#: The values of reads: `[position, width]` by the index of the row and the read.
 Readings = dict[tuple[int, Read], Tensor]
 
 
 def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) -> None:
-    """Keep the values `[token, width]` at the tokens of these reads, all of one site."""
+    """Store the values `[token, width]` of one site at the tokens of these reads."""
     found: dict[tuple[int, Read], list[int]] = {}
     for number, placed in reads:
         assert isinstance(placed.what, Read)
@@ -94,17 +94,17 @@ def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) 
 
 @contextmanager
 def hooked(root: nn.Module, inside: Sequence[Numbered], find: Callable[[], Find], into: Readings) -> Iterator[None]:
-    """Do the edits and reads of a block's inside while it runs."""
+    """In this block, hooks do these edits and reads inside a block of the model."""
     sites: dict[Site, list[Numbered]] = {}
     for number, placed in inside:
         sites.setdefault(placed.site, []).append((number, placed))
-    # Of one module, edits come before reads, so that a read sees what was written.
+    # At one site edits come before reads, so that a read sees the edited value.
     order = sorted(sites, key=lambda site: all(isinstance(placed.what, Read) for _, placed in sites[site]))
     hooks = []
     for site in (site for site in order if site.end == "input"):
         before = _before(site, sites[site], find, into)
         hooks.append(root.get_submodule(site.module).register_forward_pre_hook(before, with_kwargs=True))
-    # What the module returned, before hooks of the user's see it; of those put in front, the last comes first.
+    # Outputs are edited before hooks of the user's see them. Prepended hooks run last to first, hence `reversed`.
     for site in (site for site in reversed(order) if site.end == "output"):
         after = _after(site, sites[site], find, into)
         hooks.append(root.get_submodule(site.module).register_forward_hook(after, prepend=True))
@@ -136,7 +136,7 @@ def _before(site: Site, members: Sequence[Numbered], find: Callable[[], Find], i
         if new is held:
             return None
         if site.kind == "stream":
-            held.copy_(new)  # the skip path holds the same tensor, and the stream is both
+            held.copy_(new)  # in place: the skip connection uses the same tensor
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
 

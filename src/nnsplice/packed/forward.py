@@ -1,8 +1,8 @@
 """The forward pass of packed rows, block by block.
 
-A row begins before the first block that it changes, at its first changed token. Rows are appended where they begin, and
-from there all of them run together. A row that begins inside a block, where a change stays with its token until the
-next (attention's output, the MLP, a query), runs that block for the changed tokens only.
+A row starts at the first block and the first token that it changes. Rows are appended to the pack at their first block,
+and run together from there on. If a row's first edit is inside a block, at a point where a change affects only its own
+token (attention output, MLP, queries), only its changed tokens run through that block: it is a partial row there.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from nnsplice.packed.rows import Cut, PreparedRow
 
 @dataclass(frozen=True)
 class _Step:
-    """One block of a pack with the index maps of its tokens, all made before anything runs."""
+    """One block of a pack, with the indices of its tokens; all are computed before anything runs."""
 
     layer: int
-    #: The rows that run; those that begin here inside the block are its partial ones.
+    #: The rows that run; rows whose first edit is inside this block may be partial.
     layout: PackLayout
-    #: The rows that begin here with all of their tokens, and the recorded tokens of these.
+    #: The rows that start at this block with all of their tokens, and the recorded indices of those tokens.
     entering: Sequence[int]
     entering_tokens: DeviceIndex
-    #: Of partial rows: the recorded tokens that run, all recorded tokens, and the places of the first among these.
+    #: Of partial rows: recorded indices of the tokens that run, of all tokens, and where the former are in the latter.
     partial_tokens: DeviceIndex
     widened: DeviceIndex
     changed: DeviceIndex
-    #: The recorded tokens that run, and which of them attend together.
+    #: The recorded indices of all tokens that run, and the groups of rows that attend together.
     tokens: DeviceIndex
     groups: Sequence[AttentionGroup]
 
@@ -52,13 +52,13 @@ class PackedForward:
     recording: Recording
     rows: Sequence[PreparedRow]
     cost_model: CostModel
-    #: See `Layout.groups`.
+    #: See `PackLayout.groups`.
     bucket: int
     readings: Readings = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
 
     def run(self) -> dict[int, Tensor]:
-        """The state that leaves the last block at the token that is wanted: by the row's number, `[width]`."""
+        """Run all rows: by the row's index, the output of the last block at its `end`, `[width]`."""
         last = len(self.recording.blocks) - 1
         states: Tensor | None = None
         ends: dict[int, Tensor] = {}
@@ -79,7 +79,7 @@ class PackedForward:
         return ends
 
     def _steps(self) -> list[_Step]:
-        """The blocks that run, the numbers of whose tokens are then sent to each device in one copy."""
+        """The blocks that run. Their indices go to each device in one copy."""
         steps: list[_Step] = []
         active: list[int] = []
         last = len(self.recording.blocks) - 1
@@ -120,10 +120,10 @@ class PackedForward:
         return RowColumns.of(self.rows)
 
     def _begin(self, step: _Step) -> Tensor:
-        """What enters a block for rows that begin there, with the edits of the stream done that it begins with."""
+        """The inputs `[token, width]` of rows that start at this block, with their edits of the stream before it."""
         numbers, layer, layout = step.entering, step.layer, self._layout(step.entering)
         states = self.recording.entering[layer][step.entering_tokens.tensor]
-        for where in ("output", "input"):  # what leaves the layer before, then what enters this one
+        for where in ("output", "input"):  # the output of the layer before, then the input of this one
             edits = [(n, edit) for n in numbers for edit in self.rows[n].beginning if edit.where == where]
             states = edited(states, edits, layout.find)
         before = [(n, r) for n in numbers for r in self.rows[n].reads if (r.layer, r.where) == (layer - 1, "output")]
@@ -131,7 +131,7 @@ class PackedForward:
         return states
 
     def _after_last_block(self, numbers: Sequence[int]) -> Tensor:
-        """The final states of rows that change the output of the last block: one token each."""
+        """The final states `[row, width]` of rows that edit the output of the last block."""
         rows = [self.rows[n] for n in numbers]
         if any(row.reads for row in rows):
             raise NotImplementedError("a read behind the last block")
@@ -140,7 +140,7 @@ class PackedForward:
         return edited(states, [(n, e) for n in numbers for e in self.rows[n].edits], self._only_last(numbers))
 
     def _staying(self, step: _Step, states: Tensor) -> Tensor:
-        """The states of the rows of which something is still wanted, where the next block is."""
+        """The states of the rows that need the next block, on its device."""
         active = [*step.layout.full, *step.layout.partial]
         staying = [n for n in active if self.rows[n].runs(step.layer)]
         if len(staying) < len(active):
@@ -152,7 +152,7 @@ class PackedForward:
     # --- blocks
 
     def _through(self, step: _Step, states: Tensor) -> Tensor:
-        """What leaves a block: of the full rows, then of the partial ones, which are full from here on."""
+        """The output of a block: of the full rows, then of the partial rows, which are full from here on."""
         layer, layout = step.layer, step.layout
         pack = torch.cat([states, self.recording.entering[layer][step.partial_tokens.tensor]])
         out = self._edited_output(layer, layout, self._call(step, pack), layout.find)
@@ -164,7 +164,7 @@ class PackedForward:
         return torch.cat([out[: len(states)], rest])
 
     def _last(self, step: _Step, states: Tensor) -> dict[int, Tensor]:
-        """What leaves the last block at the tokens that are wanted; nothing else runs, but for keys and values."""
+        """The output of the last block at the `end` of each row; other tokens only compute keys and values."""
         layer, layout = step.layer, step.layout
         numbers = [*layout.full, *layout.partial]
         if not self._is_last_only(layer, layout):
@@ -194,21 +194,17 @@ class PackedForward:
         return {n: out[order] for order, n in enumerate(numbers)}
 
     def _is_last_only(self, layer: int, layout: PackLayout) -> bool:
-        """Whether a block is the last one, and runs for no more than the last token of each row."""
+        """Whether a block is the last one, and only the last token of each row has to run."""
         if layer < len(self.recording.blocks) - 1 or self.recording.whole.calls:
             return False
-        return all(self._wants_last_only(self.rows[n], layer) for n in (*layout.full, *layout.partial))
-
-    @staticmethod
-    def _wants_last_only(row: PreparedRow, layer: int) -> bool:
-        """Whether the row needs one token only, behind the keys and values of this block."""
-        return row.last == row.row.end and all(read.layer != layer for read in row.reads)
+        rows = [self.rows[n] for n in (*layout.full, *layout.partial)]
+        return all(row.last == row.row.end and all(read.layer != layer for read in row.reads) for row in rows)
 
     def _end(self, number: int, layout: PackLayout, out: Tensor) -> Tensor:
         row = self.rows[number]
         assert row.row.end is not None
         at = layout.find(number, row.row.end)
-        # A row of changed tokens only may leave the wanted one as it was recorded.
+        # In a partial row the `end` may be an unchanged token, with its recorded state.
         return self.recording.entering[-1][row.base + row.row.end] if at is None else out[at]
 
     def _keys_and_values(
@@ -242,10 +238,10 @@ class PackedForward:
             return self._block(layer, pack, step.tokens.tensor)
 
     def _count(self, layer: int, tokens: int, parts: Sequence[str | None] = ()) -> None:
-        """Note a call of a block, or of those parts of it."""
+        """Count a call of a block, or of some of its modules."""
         block = self.recording.tower.blocks[layer]
         flops = tokens * self.cost_model.per_token(*(parts or block.modules))
-        if self.recording.whole.calls:  # whose attention runs whole prompts
+        if self.recording.whole.calls:  # attention runs whole prompts
             more = sum(self.recording.whole.length(row.base) - row.length for row in self.rows if row.layer <= layer)
             flops += more * self.cost_model.per_token(*filter(None, [block.mixes]))
         self.cost += Cost(tokens, block_calls=1, flops=flops, peak=tokens)
@@ -256,7 +252,7 @@ class PackedForward:
     # --- edits and reads
 
     def _inside(self, layer: int, layout: PackLayout) -> list[Numbered]:
-        """The edits and reads inside this block, and those of its input of rows that began before it."""
+        """The edits and reads inside this block, and at its input for rows that started before it."""
         found: list[Numbered] = []
         for n in (*layout.full, *layout.partial):
             row = self.rows[n]
@@ -266,7 +262,7 @@ class PackedForward:
         return found
 
     def _edited_output(self, layer: int, layout: PackLayout, out: Tensor, find: Find) -> Tensor:
-        """What leaves a block, where rows that began before it change or read that too."""
+        """The output of a block, edited and read for rows that started before its output."""
         here = [(n, self.rows[n]) for n in layout.full]
         edits = [(n, e) for n, row in here for e in row.edits if (e.layer, e.where) == (layer, "output")]
         reads = [(n, r) for n, row in here for r in row.reads if (r.layer, r.where) == (layer, "output")]
@@ -275,7 +271,7 @@ class PackedForward:
         return out
 
     def _cut_edges(self, layer: int, layout: PackLayout, find: Find) -> dict[int, list[tuple[int, int]]]:
-        """Token of the pack -> the heads in which it does not see a key, and the key's position."""
+        """The knockouts of this block: token of the pack -> pairs of a head and a key's position."""
         cut_edges: dict[int, list[tuple[int, int]]] = {}
         for n in (*layout.full, *layout.partial):
             for cut in (placed.what for placed in self.rows[n].cuts if placed.layer == layer):
@@ -293,6 +289,6 @@ class PackedForward:
         return lambda n, position: order[n] if position == self.rows[n].last else None
 
     def _no_keys(self, layer: int) -> KeyValue:
-        """No keys and values of their own, for a pack whose rows all see recorded ones only."""
+        """Empty keys and values, for a pack whose rows attend to recorded tokens only."""
         keys, values = list(self.recording.attended.values())[layer]
         return keys[:, :0], values[:, :0]

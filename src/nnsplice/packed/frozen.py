@@ -1,8 +1,8 @@
-"""Rows with frozen branches: the direct change of the stream, and what later sites read of it.
+"""Rows with frozen branches, for path patching: the direct effect of an edit on later sites.
 
-A branch is an attention or an MLP. Where every branch but the edited one adds what it added in the recorded run, an
-edit moves the stream by one difference, from where it is made to the end. So no block has to run between the edit and a
-site that reads it; and a block that is read runs only as far as the last site that is.
+A branch is an attention or an MLP. If every branch but the edited one adds its recorded output, an edit changes the
+stream by one difference, which stays the same up to the last block. So no block runs between the edit and a site that
+is read, and a block with such a site runs only up to that site.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from nnsplice.packed.running import bucket_size, recorded
 
 @dataclass(frozen=True)
 class FrozenResult:
-    """The final states and readings of rows with frozen branches."""
+    """The final states and reads of rows with frozen branches."""
 
     head: Head
-    #: By the row's number, the state that left the last block at its `end`: `[width]`.
+    #: The output of the last block at the `end` of each row, `[width]`, by the row's index.
     ends: Mapping[int, Tensor]
-    #: By the row's number and the read; at other tokens, and where it is missing, a read has the recorded values.
+    #: The changed values of reads, by the row's index and the read; all other values are as recorded.
     moved: Mapping[tuple[int, Read], Moved]
     cost: Cost
 
 
 def run_frozen(base: Base, rows: Sequence[FrozenRow], branches: Sequence[FrozenBranch]) -> FrozenResult:
-    """Run rows of which every branch is frozen but their own.
+    """Run rows in which all branches are frozen except those that they edit.
 
     Args:
-        base: has to keep what all branches add: `Base(..., keep=[branch.added for branch in branches])`.
-        branches: all of the model's.
+        base: keeps the outputs of all branches: `Base(..., keep=[branch.added for branch in branches])`.
+        branches: all branches of the model.
 
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.

@@ -1,4 +1,4 @@
-"""The forward pass of rows with frozen branches: only blocks that are edited or read inside run."""
+"""The forward pass of rows with frozen branches: only blocks with an edit or read inside run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from nnsplice.packed.running import bucket_size
 from nnsplice.paths import Path
 
 
-class _AllRead(Exception):  # no error: ends a block of which nothing more is wanted
+class _AllRead(Exception):  # no error: ends a block when all its reads are done
     pass
 
 
 @dataclass
 class FrozenForward:
-    """Rows with frozen branches on their way through the layers, with what each has moved the stream by."""
+    """The state of a pass of rows with frozen branches, with the change of each row's stream (`delta`)."""
 
     base: Base
     recording: Recording
     rows: Sequence[MovedRow]
     branches: Sequence[FrozenBranch]
-    #: By the row's number: `[token, width]`.
+    #: The change of the stream `[token, width]` by the row's index.
     delta: dict[int, Tensor] = field(default_factory=dict)
     ends: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[tuple[int, Read], Moved] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class FrozenForward:
         return (*row.edits, *row.reads)
 
     def _recorded(self, number: int, of: Tensor) -> Tensor:
-        """What is recorded at a row's tokens, of values of all recorded tokens."""
+        """The rows of recorded values `[recorded token, width]` at a row's tokens: `[token, width]`."""
         row = self.rows[number]
         return of[on_device([row.prepared.base + token for token in row.tokens], of.device)]
 
@@ -98,9 +98,9 @@ class FrozenForward:
     # --- inside a block
 
     def _inside(self, layer: int, numbers: Sequence[int]) -> None:
-        """Run a block as far as anything in it is edited or read, and move the streams of the rows that edit it."""
+        """Run a block up to its last edit or read, and update the streams of the rows that edit it."""
         items: list[Numbered] = []
-        wanted: list[tuple[int, Read, Read]] = []  # the row, what it asked for, and the same at the tokens that run
+        wanted: list[tuple[int, Read, Read]] = []  # the row, its read, and the same read at the tokens that run
         own: dict[tuple[int, Site], Read] = {}
         locator = SiteLocator(self.recording)
         for number in numbers:
@@ -126,7 +126,7 @@ class FrozenForward:
             self._move(number, layer, {site: readings[n, read] for (n, site), read in own.items() if n == number})
 
     def _added(self, number: int, layer: int, edit: PlacedItem) -> Path:
-        """Where the effect of an edit inside a block is added to the stream: by its branch, or it is the stream."""
+        """The output of the branch that an edit is in; for an edit of the stream, the edited site itself."""
         block = self.recording.tower.blocks[layer]
         if block.mid is not None and block.mid == (edit.site.module, edit.site.end):
             return edit.what.place
@@ -137,7 +137,7 @@ class FrozenForward:
         return inside[0].added
 
     def _move(self, number: int, layer: int, read: Mapping[Site, Tensor]) -> None:
-        """Move a row's stream by what its own edits did in this layer."""
+        """Add the effect of a row's edits in this layer to its stream."""
         block, kept = self.recording.tower.blocks[layer], self.recording.kept
         total = self.delta[number]
         for site in sorted(read, key=lambda site: not _in_attention(site, block)):  # attention comes first
@@ -164,7 +164,7 @@ class FrozenForward:
         pack = entering[tokens.tensor] + torch.cat([self.delta[n].to(entering.device) for n in order])
         find: list[Find] = [layout.find]
         with ExitStack() as stack:
-            # Hooks of both go before the user's; those that are registered last run first.
+            # Both sets of hooks are prepended, before the user's; the ones registered last run first.
             stack.enter_context(self._frozen_branches(layer, layout, lambda: find[0], lambda: len(readings) >= count))
             stack.enter_context(hooked(self.base.root, items, lambda: find[0], readings))
             if recording.whole.calls:
@@ -184,7 +184,7 @@ class FrozenForward:
     def _frozen_branches(
         self, layer: int, layout: PackLayout, find: Callable[[], Find], done: Callable[[], bool]
     ) -> Iterator[None]:
-        """Let branches add what they added before, and leave the block when everything is read."""
+        """In this block frozen branches return their recorded outputs, and the block ends when all reads are done."""
         root, hooks = self.base.root, []
         for branch in (branch for branch in self.branches if branch.layer == layer):
             frozen = [n for n in (*layout.full, *layout.partial) if branch not in self.rows[n].free]

@@ -1,4 +1,4 @@
-"""Rows with frozen branches, and the tokens of each that its edits move."""
+"""Rows with frozen branches, and the tokens whose stream their edits change."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from nnsplice.packed.recording import Recording
 from nnsplice.packed.rows import PreparedRow, Row, SiteLocator, prepared
 from nnsplice.paths import Path
 
-#: What a row reads, where its edit moved it: positions, and `[position, width]`.
+#: The changed values of a read: positions, and `[position, width]`.
 Moved = tuple[tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenBranch:
-    """One attention or MLP: its layer, and the site of what it adds to the stream."""
+    """One attention or MLP: its layer, and the site of its output as added to the stream."""
 
     layer: int
     added: Path
 
     @property
     def site(self) -> Site:
-        """The site as the model has it."""
+        """The site of that output in the model."""
         return site_of(self.added)
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenRow:
-    """A row, and the branches that its edits are in: these run freely, all others are frozen."""
+    """A row, and the branches that its edits are in (`free`); all others are frozen."""
 
     row: Row
     free: frozenset[FrozenBranch]
@@ -39,33 +39,33 @@ class FrozenRow:
 
 @dataclass(frozen=True)
 class MovedRow:
-    """A row whose stream an edit moves at some tokens, which are `prepared.changed`."""
+    """A row with the tokens whose stream its edits may change, `prepared.changed`."""
 
     prepared: PreparedRow
     free: frozenset[FrozenBranch]
-    #: Whether no token reads what is moved at another one.
+    #: Whether a changed token has no effect on other tokens, as far as the row reads.
     independent: bool
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens whose stream may be moved, as far as that is wanted."""
+        """The tokens whose stream may change and is needed."""
         return self.prepared.changed
 
 
 def moved_row(recording: Recording, locator: SiteLocator, frozen: FrozenRow) -> MovedRow:
-    """The tokens of a row that its edits move, as far as these are wanted."""
+    """A row with the tokens whose stream its edits may change, as far as the row reads them."""
     row = prepared(frozen.row, locator)
     wanted = {position for read in row.reads for position in read.what.positions} | {row.row.end}
-    sent = {position for edit in row.edits for position in edit.what.positions}
+    edited = {position for edit in row.edits for position in edit.what.positions}
     independent = not recording.whole.calls and _is_independent(row, recording)
-    tokens = sorted(sent & wanted) if independent else range(row.start, row.last + 1) if row.edits else ()
+    tokens = sorted(edited & wanted) if independent else range(row.start, row.last + 1) if row.edits else ()
     return MovedRow(replace(row, changed=tuple(tokens), changed_only=independent), frozen.free, independent)
 
 
 def _is_independent(row: PreparedRow, recording: Recording) -> bool:
-    """Whether no token of the row reads what is moved at another one."""
+    """Whether a changed token of the row has no effect on its reads at other tokens."""
     inside = [edit for edit in row.edits if edit.where not in ("input", "output")]
-    # A second edited site would be reached by the first, and attention then mixes its tokens.
+    # The first edited site reaches a second one, where attention mixes tokens.
     if len({edit.layer for edit in inside}) > 1 or (inside and len(inside) < len(row.edits)):
         return False
     if any(edit.where == "keys" for edit in inside):
@@ -74,7 +74,7 @@ def _is_independent(row: PreparedRow, recording: Recording) -> bool:
 
 
 def _mixed(site: Site, block: Block) -> bool:
-    """Whether attention has mixed tokens there. Of what stands in it, only the projections are known to come before."""
+    """Whether a site is after the mixing of tokens. Inside attention, only q, k and v are known to be before it."""
     home = block.mixes
     if home is None or not (site.module == home or site.module.startswith(f"{home}.")):
         return site.module in (block.mixer_added, block.o)

@@ -1,4 +1,4 @@
-"""Index tensors on the device, sent together and without waiting for it."""
+"""Index tensors that are copied to a device together, without synchronisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Indices:
-    """Arrays of numbers for one device: the first that is used there takes along all that were added before it."""
+    """Index arrays for one device. The first use of one copies all that were added so far."""
 
     def __init__(self, device: torch.device) -> None:
         self.device: torch.device = device
@@ -23,7 +23,7 @@ class Indices:
         return index
 
     def send(self) -> None:
-        """Copy what was added since the last time."""
+        """Copy the arrays added since the last copy."""
         waiting, self._waiting = self._waiting, []
         sent = on_device(np.concatenate([index.array.ravel() for index in waiting]), self.device)
         for index, part in zip(waiting, sent.split([index.array.size for index in waiting]), strict=True):
@@ -48,5 +48,5 @@ class DeviceIndex:
 
 
 def on_device(numbers: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
-    """Numbers on a device. The host goes on: what it copies from is read before the call returns, or as it stands."""
+    """An index tensor on a device, copied without waiting for the device."""
     return torch.as_tensor(np.asarray(numbers, np.int64)).to(device, non_blocking=True)

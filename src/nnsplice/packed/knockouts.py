@@ -1,7 +1,7 @@
 """Knockout of attention edges before the softmax.
 
-What is cut is taken out of the mask, in the one function of transformers' registry that attention goes through. An
-attention module with code of its own goes past that function, and is refused.
+The edges are removed from the mask, in the attention function of transformers' registry (see `attention`). An attention
+module with code of its own does not use that function, and is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nnsplice.packed.masks import Edge, causal, without
 from nnsplice.packed.rows import Cut
 from nnsplice.paths import Paths, Slice, Span, parse_path
 
-#: An attention module, and which of its calls in a pass.
+#: An attention module, and the index of its call in a pass.
 Called = tuple[nn.Module, int]
 #: A head, its queries and keys as the path has them, and the path.
 _Wanted = tuple[int, Any, Any, str]
@@ -31,15 +31,15 @@ OWN_CODE = "its attention runs code of its own, in which single edges cannot be 
 
 @dataclass
 class AttentionWithCuts:
-    """A model's own attention, with edges cut where a call has some."""
+    """An attention function: the model's own, without the cut edges."""
 
-    #: The edges of one call of an attention module in a pass, by the call's number: layers may share a module.
+    #: The edges to cut in each call of an attention module; layers may share a module, hence the index of the call.
     cut_edges: Mapping[Called, Callable[[AttentionCall], Sequence[Edge]]]
     ran: set[Called] = field(default_factory=set)
     calls: dict[nn.Module, int] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """The attention of a whole batch without these edges."""
+        """The attention of a batch without the edges of this call."""
         mask = _own_mask(call)
         called = call.module, self.calls.get(call.module, 0)
         self.calls[call.module] = called[1] + 1
@@ -52,7 +52,7 @@ class AttentionWithCuts:
 
 
 def _own_mask(call: AttentionCall) -> Tensor | None:
-    """The mask that the model's own function would go by, written out where it is left to an argument."""
+    """The mask of the model's own function, as a tensor also where it is given by arguments."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     if call.masks_by_arguments and call.is_causal:
         if call.mask is not None or queries != keys:
@@ -65,7 +65,7 @@ def _own_mask(call: AttentionCall) -> Tensor | None:
 
 @contextmanager
 def cut(model: Any, rows: Sequence[Sequence[Cut]]) -> Iterator[None]:
-    """While this lasts, each row of a batch without padding runs without the edges of its cuts.
+    """In this block, each row of a batch without padding runs without the edges of its cuts.
 
     Raises:
         RefusedPlace: an attention that should be cut does not go through transformers' registry.
@@ -157,41 +157,41 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
             wanted.setdefault(_called(root, site), []).append((site.index, path.position, path.key, str(path)))
     if not wanted:
         raise BadArgument("no edges, so nothing is cut", expected="at least one path")
-    # What sites promise is measured with the attention that the model has.
+    # Measured now, as promises are measured with the model's own attention.
     closures.measure(model, ["stream", "mid", "experts"])
-    spread = _EdgesOfRun({})
+    edges_of_run = _EdgesOfRun({})
     cutting = AttentionWithCuts(
-        {called: lambda call, some=some: spread.of(call, some) for called, some in wanted.items()}
+        {called: lambda call, some=some: edges_of_run.of(call, some) for called, some in wanted.items()}
     )
-    spread.calls = cutting.calls
-    hook = root.register_forward_pre_hook(spread.begin, with_kwargs=True)
+    edges_of_run.calls = cutting.calls
+    hook = root.register_forward_pre_hook(edges_of_run.begin, with_kwargs=True)
     try:
         with attention(root, cutting):
             yield
     finally:
         hook.remove()
-    if spread.runs:
+    if edges_of_run.runs:
         _check_ran(cutting)
 
 
 @dataclass
 class _EdgesOfRun:
-    """Edges by the prompts' own tokens, found anew in each batch."""
+    """The edges of a run, from positions that count the prompts' own tokens; found for each batch."""
 
-    #: Of the attention modules in this pass.
+    #: The number of calls of each attention module in this pass.
     calls: dict[nn.Module, int]
     mask: Tensor | None = None
     runs: int = 0
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note where the tokens of a run stand."""
+        """Store the attention mask of a run."""
         self.runs += 1
         self.calls.clear()
         given = kwargs.get("attention_mask")
         self.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
 
     def of(self, call: AttentionCall, wanted: Sequence[_Wanted]) -> list[Edge]:
-        """The edges that one call is without."""
+        """The edges to cut in one call."""
         batch, _, queries, _ = call.query.shape
         if queries != call.key.shape[2] or (self.mask is not None and self.mask.shape != (batch, queries)):
             raise RefusedPlace(

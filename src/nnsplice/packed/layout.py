@@ -1,7 +1,8 @@
 """Index maps between packed tokens, prompt positions and recorded tokens.
 
-Recorded tokens are kept flat, prompt after prompt, so that prompts of different length need no padding. A pack is flat
-too. Attention sees both as one long list, recorded tokens first, and a row of it is a list of numbers into that.
+Recorded tokens are stored flat, prompt after prompt, so that prompts of different length need no padding, and so are
+the tokens of a pack. For attention both are concatenated, recorded tokens first, and the keys of a row are indices into
+that.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from nnsplice.packed.indices import DeviceIndex, Indices
 from nnsplice.packed.rows import PreparedRow
 
-#: The number of a row and a position -> the index of that token; None where it does not run.
+#: A function (row index, position) -> index of that token in the pack; None if it does not run.
 Find = Callable[[int, int], int | None]
 
 
 @dataclass(frozen=True)
 class RowColumns:
-    """The numbers of all rows that layouts are made of, as arrays: `[row]`."""
+    """The fields of all rows that layouts need, as arrays `[row]`."""
 
     start: np.ndarray
     last: np.ndarray
@@ -32,20 +33,20 @@ class RowColumns:
 
     @classmethod
     def of(cls, rows: Sequence[PreparedRow]) -> RowColumns:
-        """Of these rows, in their order."""
+        """The columns of these rows."""
         table = np.array([(row.start, row.last, row.base, row.prompt) for row in rows], int).reshape(-1, 4)
         return cls(*table.T)
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Which tokens stand side by side in one call of a block.
+    """The tokens of one call of a block.
 
     Attributes:
-        rows: all rows of the run; the others name them by their numbers.
-        full: rows with every token from their first changed one to the last that is wanted.
-        partial: rows with their changed tokens only, which attend to nothing but recorded tokens.
-        shared: the columns of all rows, where several layouts share them.
+        rows: all rows of the run.
+        full: indices of rows with all tokens from the first changed to the last needed one.
+        partial: indices of rows with their changed tokens only, which attend to recorded tokens only.
+        shared: the columns of all rows, if computed already.
     """
 
     rows: Sequence[PreparedRow]
@@ -55,29 +56,29 @@ class PackLayout:
 
     @cached_property
     def columns(self) -> RowColumns:
-        """The numbers of all rows."""
+        """The columns of all rows."""
         return self.shared or RowColumns.of(self.rows)
 
     @cached_property
     def _sizes(self) -> np.ndarray:
-        """How many tokens each row has: the full ones, then the partial ones."""
+        """The number of tokens of each row: of the full rows, then of the partial rows."""
         full = np.asarray(self.full, int)
         partial = [len(self.rows[n].changed) for n in self.partial]
         return np.concatenate([self.columns.last[full] + 1 - self.columns.start[full], np.array(partial, int)])
 
     @cached_property
     def _begins(self) -> np.ndarray:
-        """Where each row's first token stands in the pack, in the same order."""
+        """The index of each row's first token in the pack, in the same order."""
         return np.cumsum(self._sizes) - self._sizes
 
     @cached_property
     def offsets(self) -> dict[int, int]:
-        """Row -> where its first token stands in the pack."""
+        """Row index -> the index of its first token in the pack."""
         return dict(zip((*self.full, *self.partial), self._begins.tolist(), strict=True))
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """`[token]`, the position of every packed token in its prompt."""
+        """`[token]`: the position of each packed token in its prompt."""
         full = len(self.full)
         sizes, begins = self._sizes[:full], self._begins[:full]
         first = self.columns.start[np.asarray(self.full, int)] - begins
@@ -87,17 +88,17 @@ class PackLayout:
 
     @cached_property
     def recorded(self) -> np.ndarray:
-        """`[token]`, the number of every packed token among the recorded ones."""
+        """`[token]`: the index of each packed token among the recorded tokens."""
         rows = np.array([*self.full, *self.partial], int)
         return self.positions + np.repeat(self.columns.base[rows], self._sizes)
 
     @cached_property
     def size(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return len(self.positions)
 
     def find(self, number: int, position: int) -> int | None:
-        """Where a row's token stands in the pack; None where it does not."""
+        """The index of a row's token in the pack; None if it is not there."""
         row = self.rows[number]
         if number in self._partial_rows:
             return self.offsets[number] + row.changed.index(position) if position in row.changed else None
@@ -108,17 +109,17 @@ class PackLayout:
         return frozenset(self.partial)
 
     def ends(self) -> np.ndarray:
-        """Where the last token stands in the pack, of every full row."""
+        """The index in the pack of the last token of each full row."""
         return (self._begins + self._sizes)[: len(self.full)] - 1
 
     def groups(self, total: int, bucket: int, indices: Indices, *, last_only: bool = False) -> list[AttentionGroup]:
-        """Rows that attend together.
+        """The groups of rows that attend in one call.
 
         Args:
-            total: how many recorded tokens there are.
-            bucket: numbers of queries and keys are rounded up to a multiple of this, and rows that are then alike share
-                a call: 1 for no padding at all.
-            indices: what takes the numbers of tokens to the device.
+            total: the number of recorded tokens.
+            bucket: numbers of queries and keys are padded to a multiple of this, and rows of equal padded size share a
+                call; 1 for no padding.
+            indices: takes index arrays to the device.
             last_only: the pack holds the last token of each row only; keys and values are those of this layout.
         """
         numbers, of = np.asarray(self.full, int), self.columns
@@ -137,7 +138,7 @@ class PackLayout:
         return groups + self._partial_groups(indices, last_only)
 
     def _partial_groups(self, indices: Indices, last_only: bool) -> list[AttentionGroup]:
-        """Rows of changed tokens only: all queries of one prompt share its keys, in one call."""
+        """The groups of partial rows: all queries of one prompt share its keys."""
         prompts: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for order, n in enumerate(self.partial):
             row = self.rows[n]
@@ -158,15 +159,15 @@ def round_up(numbers: np.ndarray, bucket: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AttentionGroup:
-    """Rows of one shape, which one call attends for. What pads a row repeats its last token."""
+    """Rows of one padded shape, for one call of attention. Padding repeats the last token of a row."""
 
-    #: `[row, query]`, the tokens of the pack whose queries these are.
+    #: `[row, query]`: indices of the queries in the pack.
     queries: DeviceIndex
-    #: `[row, key]`, which tokens may be seen, in the order of their positions: recorded ones, then those of the pack.
+    #: `[row, key]`: indices of the keys among recorded and packed tokens, in the order of their positions.
     keys: DeviceIndex
-    #: `[row, query]`, the position of each query in its prompt; one row where that is the same for all.
+    #: `[row or 1, query]`: the position of each query in its prompt.
     positions: DeviceIndex
-    #: `[row]`, the prompts by their order among the recorded ones.
+    #: `[row]`: the index of the prompt among the recorded prompts.
     prompts: DeviceIndex
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
@@ -179,22 +180,22 @@ class AttentionGroup:
         return cls(indices.add(queries), indices.add(keys), indices.add(same), indices.add(prompts))
 
     def edges(self, cut_edges: Mapping[int, Sequence[tuple[int, int]]]) -> list[tuple[int, int, int, int]]:
-        """Row, head, query and key of what tokens of the pack do not see; keys stand in the order of their positions.
+        """The (row, head, query, key) indices of cut edges in this group.
 
         Args:
-            cut_edges: token of the pack -> heads, and positions of keys.
+            cut_edges: token of the pack -> pairs of a head and the position of a key.
         """
         queries = self.queries.array
         return [
             (int(row), head, int(query), key)
             for row, query in np.argwhere(np.isin(queries, list(cut_edges)))
             for head, key in cut_edges[int(queries[row, query])]
-            if key < self.keys.array.shape[1]  # others stand behind all queries
+            if key < self.keys.array.shape[1]  # later keys are after all queries
         ]
 
     def mask(self, table: Tensor | None) -> Tensor | None:
-        """`[row or 1, head or 1, query, key]` of a table of `masks.tables`; None: every query sees every key."""
-        key = id(table)  # the recording keeps its tables for as long as groups live
+        """The mask `[row or 1, head or 1, query, key]` from a table of `masks.tables`; None if nothing is masked."""
+        key = id(table)  # the recording keeps the tables alive
         if key not in self._masks:
             self._masks[key] = self._mask_of(table)
         return self._masks[key]
@@ -209,11 +210,11 @@ class AttentionGroup:
         if table is None:
             return before
         prompts = self.prompts.tensor if len(table) > 1 else self.prompts.tensor[:1] * 0
-        # Keys that only fill up a row stand behind the last query.
+        # Padding keys are after the last query, so `before` masks them.
         chosen = table[prompts[:, None, None], :, positions[..., None], at.clamp(max=table.shape[-1] - 1)]
         chosen = chosen.permute(0, 3, 1, 2)
         if table.dtype is not torch.bool:
             return chosen.masked_fill(~before, float("-inf"))
         sees = chosen & before
-        # Of another device the host would wait for the answer, which takes longer than a mask that hides nothing.
+        # On a GPU the check would synchronise, which takes longer than applying the mask.
         return None if sees.device.type == "cpu" and bool(sees.all()) else sees

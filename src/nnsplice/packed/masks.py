@@ -1,7 +1,7 @@
-"""The masks of recorded prompts, as packed rows use them.
+"""Attention masks of recorded prompts, for packed rows.
 
-A packed token is a token of a prompt, so what it sees is a row of the mask that its attention module was given in the
-recorded pass: whatever windows, chunks or documents there are stand in it.
+A packed token has the row of its own position in the mask of the recorded pass. So sliding windows, chunks and the like
+need no code here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nnsplice.packed.indices import on_device
 
 #: A row of a batch, a head, a query and a key, by their indices in the attention's own tensors.
 Edge = tuple[int, int, int, int]
-#: Why a model is refused whose tokens change those before them.
+#: The reason for refusing a model whose tokens attend to later ones.
 LATER = "its attention lets tokens see later ones"
 
 
 def causal(length: int, window: int | None, device: torch.device) -> Tensor:
-    """`[1, 1, query, key]`: a token sees itself and those before it, as far as the window."""
+    """The causal mask `[1, 1, query, key]`, with a sliding window if given."""
     at = torch.arange(length, device=device)
     sees = at <= at[:, None]
     if window is not None:
@@ -33,15 +33,15 @@ def causal(length: int, window: int | None, device: torch.device) -> Tensor:
 def tables(
     passes: Sequence[Mapping[nn.Module, Tensor]], shapes: Sequence[tuple[int, int]]
 ) -> dict[nn.Module, Tensor | None]:
-    """The mask of every attention module for all recorded prompts; modules that were given one mask share a table.
+    """The mask of each attention module for all recorded prompts; modules with the same mask share a table.
 
     Args:
-        passes: the masks of several passes, `[prompt or 1, head or 1, token, token]`, as the modules were given them.
-        shapes: how many prompts each pass has, and how many tokens each of them.
+        passes: the masks of each pass, `[prompt or 1, head or 1, query, key]`.
+        shapes: the numbers of prompts and of tokens in each pass.
 
     Returns:
-        `[prompt or 1, head or 1, token, token]` as long as the longest prompt: which token sees which, or what is added
-        to their scores. None: a token sees itself and all before it.
+        `[prompt or 1, head or 1, query, key]`, as long as the longest prompt: True where a query sees a key, or numbers
+        added to the scores. None for a plain causal mask.
     """
     known: dict[tuple[int, ...], Tensor | None] = {}
     found: dict[nn.Module, Tensor | None] = {}
@@ -54,10 +54,10 @@ def tables(
 
 
 def _read(mask: Tensor, prompts: int, length: int) -> Tensor:
-    """`[prompt, head or 1, token, token]`: which token sees which, or what is added to scores where that says more.
+    """A mask as `[prompt, head or 1, query, key]`: bool, or numbers added to the scores if some are not 0 or -inf.
 
     Raises:
-        NotImplementedError: it is of another shape, or a token sees later ones.
+        NotImplementedError: the mask has another shape or dtype, or a token sees later ones.
     """
     if mask.dim() != 4 or mask.shape[-2:] != (length, length) or mask.shape[0] not in (1, prompts):
         raise NotImplementedError(f"its attention is given a mask of shape {list(mask.shape)} for {length} tokens")
@@ -72,7 +72,7 @@ def _read(mask: Tensor, prompts: int, length: int) -> Tensor:
 
 
 def seen(mask: Tensor) -> Tensor:
-    """Where a mask lets tokens be seen: those of floating point are added to scores."""
+    """Where a mask lets a query see a key; floating point masks are added to scores."""
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
 
 
@@ -83,14 +83,14 @@ def without(
     device: torch.device,
     positions: np.ndarray | None = None,
 ) -> Tensor:
-    """A mask `[row, head, query, key]` in which these edges are cut.
+    """A mask `[row, head, query, key]` without these edges.
 
     Args:
-        positions: `[row or 1, query]`, where each query stands, if it sees all keys up to there and no other: then
-            nothing needs to be asked of the mask, for which the host would wait.
+        positions: `[row or 1, query]`: the positions of queries, under a plain causal mask. With them the check that
+            each query keeps a key needs no data from the device.
 
     Raises:
-        RefusedPlace: a query would see nothing any more.
+        RefusedPlace: a query would be left without a key.
     """
     whole = torch.ones(1, dtype=torch.bool, device=device) if mask is None else mask
     new = whole.expand(shape).clone()
@@ -113,7 +113,7 @@ def without(
 
 
 def _keeps_a_key(cut_edges: Sequence[Edge], positions: np.ndarray) -> bool:
-    """Whether each query that sees all keys up to its own position keeps one."""
+    """Whether each query keeps a key, under a plain causal mask."""
     keys: dict[tuple[int, int, int], set[int]] = {}
     for row, head, query, key in cut_edges:
         keys.setdefault((row, head, query), set()).add(key)
@@ -122,10 +122,10 @@ def _keeps_a_key(cut_edges: Sequence[Edge], positions: np.ndarray) -> bool:
 
 
 def refuse_later(mask: Tensor) -> None:
-    """Raise for a mask `[..., token, token]` by which a token sees later ones.
+    """Raise for a mask `[..., query, key]` by which a token sees later ones.
 
     Raises:
-        NotImplementedError: what a token changes then changes those before it.
+        NotImplementedError: a change of a token would then change earlier tokens.
     """
     if mask.shape[-1] == mask.shape[-2] and seen(mask).triu(1).any():
         raise NotImplementedError(LATER)
@@ -133,7 +133,7 @@ def refuse_later(mask: Tensor) -> None:
 
 def _table(masks: Sequence[Tensor]) -> Tensor | None:
     if any(mask.is_floating_point() for mask in masks):
-        masks = [mask if mask.is_floating_point() else _added(mask) for mask in masks]
+        masks = [mask if mask.is_floating_point() else _as_addend(mask) for mask in masks]
     longest = max(masks, key=lambda mask: mask.shape[-1])[:1]
     if all((mask == longest[..., : mask.shape[-2], : mask.shape[-1]]).all() for mask in masks):
         plain = longest.dtype is torch.bool and bool((longest == causal(longest.shape[-1], None, longest.device)).all())
@@ -148,5 +148,5 @@ def _table(masks: Sequence[Tensor]) -> Tensor | None:
     return made
 
 
-def _added(sees: Tensor) -> Tensor:
+def _as_addend(sees: Tensor) -> Tensor:
     return torch.zeros_like(sees, dtype=torch.get_default_dtype()).masked_fill(~sees, float("-inf"))

@@ -1,4 +1,4 @@
-"""One pass of a recording: a batch of prompts run once, with the arguments of its blocks and of its attention kept."""
+"""One pass of a recording: a batch of prompts run once, with block inputs, keys, values and masks kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnsplice.packed.attention import KeyValue, KeyValueRecorder, attention
 from nnsplice.packed.base import Base
 from nnsplice.packed.whole_prompts import ModuleCall, recording_calls
 
-#: Arguments of a block that packed rows do without: masks, caches.
+#: Arguments of a block that packed rows do not need: masks, caches.
 _DROPPED = {"attention_mask", "causal_mask", "head_mask"} | engine.BLOCK_CACHE_NAMES
 
 
@@ -31,14 +31,14 @@ class RecordedPass:
     masks: dict[nn.Module, Tensor]
     attention_calls: dict[nn.Module, ModuleCall]
     kept: dict[Site, Tensor]
-    #: What the model without its head returned.
+    #: The return value of the backbone (the model without its head).
     returned: Any
-    #: Of how many tokens of each prompt logits were computed.
+    #: The number of tokens of each prompt whose logits were computed.
     logits: int
 
 
 def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> RecordedPass:
-    """Run some prompts, padded on the right, with everything kept that packed rows need."""
+    """Run some prompts, padded on the right, and keep what packed rows need."""
     blocks = [root.get_submodule(block.module) for block in tower.blocks]
     backbone = root.get_submodule(tower.prefix)
     entering: list[Tensor] = []
@@ -48,7 +48,7 @@ def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], 
     module_calls: dict[nn.Module, ModuleCall] = {}
     keep = _keeper(entering, calls, kept, whole)
     fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
-    # Before hooks of the user's, which run again where packed rows enter the block.
+    # Before hooks of the user's, which run again when packed rows enter the block.
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
     left: dict[nn.Module, Tensor] = {}
     if base.prompts.images is not None:
@@ -67,9 +67,9 @@ def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], 
     except NotImplementedError:
         raise
     except Exception as error:
-        if engine.is_out_of_memory(error):  # that is no reason to run another way, but to run less at once
+        if engine.is_out_of_memory(error):  # the caller runs fewer tokens at once
             raise
-        # A model with attention code of its own may fail in any way when that has another name.
+        # A model with attention code of its own may fail in any way under another attention name.
         how = "when the calls of its attention are noted" if whole else "with its attention exchanged"
         raise NotImplementedError(f"it does not run {how} ({error})") from None
     finally:
@@ -89,7 +89,7 @@ def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], 
 def _recording_attention(
     root: nn.Module, tower: Tower, kept: KeyValueRecorder, module_calls: dict[nn.Module, ModuleCall], whole: bool
 ) -> Iterator[None]:
-    """Keep what every attention needs: keys and values, or how the module was called."""
+    """In this block attention is recorded: keys and values, or the arguments of whole modules."""
     if not whole:
         with attention(root, kept):
             yield
@@ -127,7 +127,7 @@ def _site_keeper(root: nn.Module, site: Site, into: dict[Site, Tensor]) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in arguments, in whatever containers they stand."""
+    """The tensors in arguments, also in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | tuple | list):
@@ -136,7 +136,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _per_token_argument(name: str, value: Any, states: Tensor, whole: bool) -> Any:
-    """An argument that can be given for single tokens: by its name, never by a size that may fit by chance."""
+    """An argument with an entry per token, recognised by its name and never by a size that may fit by chance."""
     if name in _DROPPED or value is None:
         return None
     prompts, length = states.shape[:2]
@@ -147,18 +147,18 @@ def _per_token_argument(name: str, value: Any, states: Tensor, whole: bool) -> A
             return flat if isinstance(value, tuple) else flat[0]
     elif not isinstance(value, Tensor | tuple | list | dict):
         return value
-    if whole:  # what only attention reads is kept with the call of the attention itself
+    if whole:  # arguments of attention are recorded with the call of the attention module
         return None
     raise NotImplementedError(f"its blocks are given {name}, which is not known to belong to single tokens")
 
 
 def _tokens(part: Tensor, prompts: int) -> Tensor:
-    """`[token]` or `[1, token, ...]`, for the tokens of all prompts, of what is given per position."""
+    """A per-position argument for the tokens of all prompts: `[token]` or `[1, token, ...]`."""
     if part.dim() == 1:
         return part.repeat(prompts)
     return part.expand(prompts, *part.shape[1:]).reshape(1, -1, *part.shape[2:])
 
 
 def block_stream(value: Any) -> Tensor:
-    """A block's stream, whether or not it stands in a tuple or a list."""
+    """The residual stream in a block's output: the first element if it is a tuple or a list."""
     return value[0] if isinstance(value, tuple | list) else value

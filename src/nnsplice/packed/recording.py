@@ -1,6 +1,6 @@
 """The recorded pass of prompts: inputs of every block, keys and values, masks.
 
-Prompts of one length run together; what is kept of them is flat, prompt after prompt, whatever their lengths.
+Prompts of one length run together. Values are stored flat, prompt after prompt.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from nnsplice.packed.indices import on_device
 from nnsplice.packed.passes import run_pass
 from nnsplice.packed.whole_prompts import WholePrompts
 
-#: The ways of a recording: with the attention function exchanged, for prompts of several lengths in one pass, padded on
-#: the right, or in a pass for each length; or with attention modules that run whole prompts.
+#: The ways of a recording. "padded": attention through the registry, prompts of several lengths padded on the right in
+#: one pass; "exchanged": the same with a pass for each length; "whole": attention modules that run whole prompts.
 WAYS = ("padded", "exchanged", "whole")
 
 
 def ways(lengths: Iterable[int]) -> tuple[str, ...]:
-    """The ways of a recording of prompts of these lengths, the fastest first; padding is one where lengths differ."""
+    """The ways to record prompts of these lengths, the fastest first; \"padded\" only if lengths differ."""
     return WAYS if len(set(lengths)) > 1 else WAYS[1:]
 
 
 def padded_at_most(prompts: int, tokens: int, longest: int) -> int:
-    """How many tokens run at most where so many prompts, of so many tokens together, are recorded."""
+    """The largest number of tokens in a padded recording of so many prompts with so many tokens."""
     return min(2 * tokens, prompts * longest)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A pass over prompts; tensors hold the tokens of all of them, one prompt after another."""
+    """The recorded pass of some prompts; tensors have the tokens of all prompts, one prompt after another."""
 
     prompts: tuple[int, ...]
     #: One of `WAYS`.
     way: str
-    #: Prompt -> where its tokens begin.
+    #: Prompt -> the index of its first token.
     bases: Mapping[int, int]
     tower: Tower
     blocks: tuple[nn.Module, ...]
-    #: What enters each block, and after the last what leaves it: `[token, width]`.
+    #: The input of each block, and the output of the last one: `[token, width]` each.
     entering: tuple[Tensor, ...]
-    #: How each block was called, by the names of its arguments, without the first.
+    #: The arguments of each block by name, without the first.
     calls: tuple[Mapping[str, Any], ...]
-    #: Keys and values, by attention module: `[group, token, width]`.
+    #: The keys and values of each attention module: `[group, token, width]`.
     attended: Mapping[nn.Module, KeyValue]
-    #: What each of them sees: see `masks.tables`.
+    #: The mask of each attention module; see `masks.tables`.
     masks: Mapping[nn.Module, Tensor | None]
-    #: How attention modules were called, where they run code of their own; else empty.
+    #: The calls of attention modules that run whole prompts; else empty.
     whole: WholePrompts
-    #: By site, the values that `Base.keep` names: `[token, width]`.
+    #: The values of the sites in `Base.keep`: `[token, width]`.
     kept: Mapping[Site, Tensor]
     #: The model's own head.
     head: heads.Head
-    #: What the pass cost.
+    #: The cost of the pass.
     cost: Cost
 
     @property
     def total(self) -> int:
-        """How many tokens are recorded."""
+        """The number of recorded tokens."""
         return self.entering[0].shape[0]
 
     def arguments(self, layer: int, tokens: Tensor) -> dict[str, Any]:
-        """The arguments of a block for packed tokens, given by their numbers among the recorded ones."""
+        """The arguments of a block for packed tokens, given by their indices among the recorded tokens."""
         return {name: _for_tokens(value, tokens) for name, value in self.calls[layer].items()}
 
 
 def record(base: Base, prompts: Sequence[int]) -> Recording:
-    """Run these prompts once, the way that `base.memo["way"]` says; where it says none, the first that runs.
+    """Record these prompts in the way `base.memo["way"]`; without one, in the first way that works.
 
     Raises:
-        NotImplementedError: this model does something that packed rows cannot repeat.
+        NotImplementedError: packed rows do not cover this model.
     """
     if engine.is_edited(base.model):
         raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
@@ -109,7 +109,7 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
 
 def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
     lengths = base.prompts.lengths("decoder")
-    if engine.has_own_code(root.modules()):  # which may be written for one prompt at a time
+    if engine.has_own_code(root.modules()):  # a user's hook may be written for one prompt at a time
         batches = [[prompt] for prompt in prompts]
     elif way == "padded":
         batches = _padded_batches(prompts, lengths)
@@ -123,13 +123,13 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
     own = _own_tokens(batches, shapes, lengths)
-    # A block is where what leaves it is, and its stream is kept there; what leaves the last stays as it is.
+    # The input of a block is kept on the block's device, which is that of its output.
     devices = [tensor.device for tensor in (*passes[0].entering[1:], passes[0].entering[-1])]
     entering = tuple(
         _select(torch.cat([tensor.flatten(0, 1) for tensor in column]), own).to(device)
         for device, column in zip(devices, zip(*(one.entering for one in passes), strict=True), strict=True)
     )
-    if "head" not in base.memo:  # what stands there is the model's, whatever the prompts
+    if "head" not in base.memo:  # the same for all prompts
         last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
         kind = type(passes[0].returned)
         base.memo["head"] = heads.Head.of(root, tower, entering[-1], _select(last, own), kind)
@@ -164,7 +164,7 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
 
 
 def _padded_batches(prompts: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Prompts that run together: as many of the next length as add no more padding than there are tokens."""
+    """Batches of prompts, longest first, with at most as much padding as tokens."""
     batches: list[list[int]] = []
     tokens = 0
     for prompt in sorted(prompts, key=lambda prompt: -lengths[prompt]):
@@ -177,7 +177,7 @@ def _padded_batches(prompts: Sequence[int], lengths: Sequence[int]) -> list[list
 
 
 class _OwnTokens(dict[torch.device, Tensor]):
-    """The numbers of the prompts' own tokens among those that ran, by device."""
+    """The indices of the prompts' own tokens in the padded batches, on each device."""
 
     def __init__(self, numbers: np.ndarray) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class _OwnTokens(dict[torch.device, Tensor]):
 def _own_tokens(
     batches: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], lengths: Sequence[int]
 ) -> _OwnTokens | None:
-    """Which of the tokens that ran are the prompts' own; None where none is padding."""
+    """The indices of the prompts' own tokens in the batches; None if there is no padding."""
     given = np.array([lengths[prompt] for rows in batches for prompt in rows])
     ran = np.array([length for rows, length in shapes for _ in range(rows)])
     if np.array_equal(given, ran):
@@ -207,7 +207,7 @@ def _select(tensor: Tensor, own: _OwnTokens | None, dim: int = 0) -> Tensor:
 def _joined_arguments(
     calls: Sequence[Mapping[str, Any]], own: _OwnTokens | None, device: torch.device
 ) -> dict[str, Any]:
-    """The arguments of one block in several passes, for the prompts' own tokens, on its device."""
+    """The arguments of one block, joined over passes, for the prompts' own tokens, on its device."""
     joined: dict[str, Any] = {}
     for name, value in calls[0].items():
         each = [call.get(name) for call in calls]

@@ -1,7 +1,7 @@
 """Rows: a prompt, the block where it starts, and its edits.
 
-A row is one prompt with some edits: sites that get other values on the way. It asks for the state that leaves the last
-block at one token, for values of sites behind the edits, or for both.
+A row is one prompt with some edits of sites. Its result is the output of the last block at one token, the values of
+other sites, or both.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import OverlappingWrite
-from nnsplice.packed.sae_edits import PartChange, home, is_part
+from nnsplice.packed.sae_edits import PartChange, host_site, is_part
 from nnsplice.paths import Path
 
-#: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
-#: ones. Edits that share one are done in one call.
+#: A function of the current values `[token, width]` and the given values `[token, width]` or None: the new values.
+#: Edits with the same function are done in one call.
 Change = Callable[[Tensor, Tensor | None], Tensor]
-#: The width of a site -> `[position, width]` or a row for each position, or None where the change needs no values.
+#: A function of a site's width: the given values, `[position, width]` or a row per position; None if none are needed.
 Values = Callable[[int], Tensor | Sequence[Tensor] | None]
 
 
 def replaced(current: Tensor, value: Tensor | None) -> Tensor:
-    """The change that takes the given values instead of those of the run."""
+    """The change that replaces the current values by the given ones."""
     assert value is not None
     return value.expand_as(current)
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What one site of a row gets."""
+    """An edit of one site of a row."""
 
-    #: As `expand` returns it.
+    #: The site, as `expand` returns it.
     place: Path
-    #: Which of the prompt's tokens, each once.
+    #: The edited tokens of the prompt, each once.
     positions: tuple[int, ...]
     #: A `PartChange` where the site is a feature or an error.
     change: Change | PartChange
@@ -47,33 +47,33 @@ class Edit:
 
     @classmethod
     def of(cls, place: Path, positions: Sequence[int], values: Tensor) -> Edit:
-        """These values, `[position, width]`, instead of those of the run."""
+        """Replace the values of a site by these, `[position, width]`."""
         return cls(place, tuple(positions), replaced, lambda width: values)
 
     @classmethod
     def made(cls, model: Any, place: Path, positions: Sequence[int], change: Change, values: Values) -> Edit:
-        """A change of any site, a feature or an error of an attached SAE too."""
+        """An edit of any site, also of a feature or the error of an attached SAE."""
         changed = PartChange(features.sae_of(model, place), change) if is_part(place) else change
         return cls(place, tuple(positions), changed, values)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Edges of attention that a row does without: the keys get no share, and the others of the query all of it."""
+    """Attention edges that are cut before the softmax, so that the query's other keys share all of it."""
 
     #: The pattern of one head, as `expand` returns it.
     place: Path
-    #: Queries and keys, by their tokens.
+    #: Pairs of a query and a key position.
     edges: tuple[tuple[int, int], ...]
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The queries, whose tokens are changed."""
+        """The positions of the queries, which are the changed tokens."""
         return tuple(dict.fromkeys(query for query, _ in self.edges))
 
     @property
     def head(self) -> int:
-        """Which head."""
+        """The index of the head."""
         index = site_of(self.place).index
         assert index is not None
         return index
@@ -81,7 +81,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A site of a row whose values are wanted, after the edits before it."""
+    """A site of a row whose values are returned, with the effect of all edits before it."""
 
     place: Path
     positions: tuple[int, ...]
@@ -89,12 +89,12 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt, what is changed in its run, and what is wanted of it."""
+    """One prompt, the edits of its run, and the values to return."""
 
     prompt: int
     #: In the order of the forward pass.
     edits: tuple[Edit, ...]
-    #: The token whose state behind the last block is wanted; None where only `reads` are.
+    #: The token whose output of the last block is returned; None if only `reads` are.
     end: int | None
     reads: tuple[Read, ...] = ()
     cuts: tuple[Cut, ...] = ()
@@ -102,53 +102,53 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PlacedItem:
-    """An edit, a read or a cut with its layer, and how far its effect goes inside that layer."""
+    """An edit, a read or a cut, with its layer and its place within the layer."""
 
     what: Edit | Read | Cut
     layer: int
-    #: `input` or `output` of the block itself, `point` inside it where a token's change stays with the token until the
-    #: next layer, `keys` where other tokens read it in the same layer.
+    #: `input` or `output`: of the block itself. `point`: inside it, where a change affects only its own token until the
+    #: next layer. `keys`: inside it, where other tokens may read it.
     where: str
 
     @property
     def site(self) -> Site:
-        """Where the value stands in the model."""
-        return home(self.what.place)
+        """The site in the model; for a part of an SAE, the site that the SAE is attached to."""
+        return host_site(self.what.place)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
-    """A row with the first block and the tokens that have to run for it."""
+    """A row with the first block and the tokens that have to run."""
 
     row: Row
     edits: tuple[PlacedItem, ...]
     reads: tuple[PlacedItem, ...]
-    #: The first block that runs for it, and the first token that does.
+    #: The first block and the first token that run.
     layer: int
     start: int
     #: The last token that runs.
     last: int
-    #: Its prompt: by its order among the recorded ones, and where it begins among the recorded tokens.
+    #: The index of its prompt among the recorded prompts, and of the prompt's first token among the recorded tokens.
     prompt: int
     base: int
-    #: Whether its first block runs for the changed tokens alone: the others come out of it as they were recorded.
+    #: Whether only the changed tokens run through its first block: the outputs of the others are as recorded.
     changed_only: bool
-    #: The tokens that its first edits change, as far as they can matter.
+    #: The tokens that its first edits change, up to `last`.
     changed: tuple[int, ...]
     cuts: tuple[PlacedItem, ...] = ()
 
     @property
     def length(self) -> int:
-        """How many tokens run."""
+        """The number of tokens that run."""
         return self.last + 1 - self.start
 
     def runs(self, layer: int) -> bool:
-        """Whether anything behind this layer is wanted."""
+        """Whether blocks after this layer have to run."""
         return self.row.end is not None or any(read.layer > layer for read in self.reads)
 
     @property
     def beginning(self) -> tuple[PlacedItem, ...]:
-        """The edits of the stream that its first block is given."""
+        """The edits of the stream at the input of its first block."""
         return tuple(
             edit for edit in self.edits
             if (edit.layer, edit.where) in ((self.layer, "input"), (self.layer - 1, "output"))
@@ -184,12 +184,12 @@ class SiteLocator:
         self._known: dict[Site, tuple[int, str]] = {}
 
     def located(self, what: Edit | Read | Cut) -> PlacedItem:
-        """Where an edit, a read or a cut stands.
+        """An edit, a read or a cut with its place in the layers.
 
         Raises:
-            NotImplementedError: its site stands in no block.
+            NotImplementedError: its site is in no block, or derived from several values.
         """
-        site = site_of(what.place) if isinstance(what, Read) else home(what.place)
+        site = site_of(what.place) if isinstance(what, Read) else host_site(what.place)
         if site not in self._known:
             self._known[site] = self._find(what.place, site, isinstance(what, Cut))
         return PlacedItem(what, *self._known[site])
@@ -205,17 +205,17 @@ class SiteLocator:
             name = name.rpartition(".")[0]
             if name in self._layers:
                 layer = self._layers[name]
-                if is_cut:  # what a query attends to is its own until the next layer
+                if is_cut:  # a cut changes only its query's token until the next layer
                     return layer, "point"
                 return layer, _inside(site, self.tower.blocks[layer])
         raise NotImplementedError(f"{place.place} stands in no layer")
 
 
 def _end(end: str, block: nn.Module) -> str:
-    """Where an edit of the block's own input or output is made.
+    """The `PlacedItem.where` of an edit of the block's own input or output.
 
-    A value is what a module returned, before hooks of the user's see it, and what it was given, after they did. So
-    where there are such hooks the block runs, and the edit is made between the two.
+    An input is edited after the user's hooks have run, and an output before they run. So with such hooks the edit has
+    to be made inside a call of the block.
     """
     if end == "input":
         return "keys" if block._forward_pre_hooks or engine.hooks_of(()) else "input"
@@ -223,7 +223,7 @@ def _end(end: str, block: nn.Module) -> str:
 
 
 def _inside(site: Site, block: Block) -> str:
-    """Whether other tokens of the same layer read what is written there."""
+    """The `PlacedItem.where` of a site inside a block: `keys` if other tokens may read it in the same layer."""
     after = {block.o, block.attn_added, block.mlp_added, block.mlp, block.down, block.up, block.gate, block.gate_up}
     after |= {block.mid and block.mid[0]} if block.mid else set()
     if site.module in after or site.module == block.q:
@@ -252,7 +252,7 @@ def prepared(row: Row, locator: SiteLocator, *, allow_partial: bool = True) -> P
     last = last if row.end is None else max(last, row.end)
     edits = [locator.located(edit) for edit in row.edits]
     _check_overlaps(edits)
-    # What is changed behind the last token that is wanted changes nothing of it.
+    # Edits after the last needed token have no effect on it.
     edits = [edit for edit in edits if any(position <= last for position in edit.what.positions)]
     cuts = [locator.located(cut) for cut in row.cuts if any(position <= last for position in cut.positions)]
     changes = [*edits, *cuts]
@@ -275,12 +275,12 @@ def prepared(row: Row, locator: SiteLocator, *, allow_partial: bool = True) -> P
 
 
 def _first_layer(edit: PlacedItem) -> int:
-    """The first block that runs otherwise: what leaves a layer enters the next."""
+    """The first block whose input or inside an edit changes."""
     return edit.layer + (edit.where == "output")
 
 
 def _check_overlaps(edits: Sequence[PlacedItem]) -> None:
-    # Parts of an SAE add what they change by, so they are compared with other edits alone.
+    # Edits of SAE parts add a difference, so they overlap with other kinds of edits only.
     parts = [edit for edit in edits if is_part(edit.what.place)]
     others = [edit for edit in edits if not is_part(edit.what.place)]
     for number, one in enumerate(others):
@@ -295,5 +295,5 @@ def _check_overlaps(edits: Sequence[PlacedItem]) -> None:
 
 
 def columns_overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
-    """Whether two slices of one value have a column in common; None is all of it."""
+    """Whether two column ranges of one value overlap; None is all columns."""
     return a is None or b is None or (a[0] < b[1] and b[0] < a[1])

@@ -1,4 +1,4 @@
-"""Run packed rows: their final states and readings."""
+"""`run`: packed rows, from the recorded pass to their final states and reads."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from nnsplice.packed.own_code import check_own_code
 from nnsplice.packed.recording import Recording, record
 from nnsplice.packed.rows import Read, Row, SiteLocator, prepared
 
-#: Numbers of queries and keys that are rounded up to a multiple share one call of attention: measured, see
-#: bench/RESULTS.md. A launch on a GPU costs more than the padding does.
+#: Numbers of queries and keys are padded to a multiple of this, so that more rows share a call of attention: on a GPU
+#: padding costs less than kernel launches (measured, see bench/RESULTS.md).
 BUCKETS = {"cpu": 1, "cuda": 64}
 
 
 @dataclass(frozen=True)
 class PackedResult:
-    """The final states and readings of a pack of rows."""
+    """The final states and reads of rows."""
 
     head: Head
-    #: By the row's number, the state that left the last block at its `end`: `[width]`.
+    #: The output of the last block at the `end` of each row, `[width]`, by the row's index.
     ends: Mapping[int, Tensor]
-    #: By the row's number and the read: `[position, width]`.
+    #: The values of reads, `[position, width]`, by the row's index and the read.
     readings: Mapping[tuple[int, Read], Tensor]
     cost: Cost
 
     def states(self) -> Tensor:
-        """The states of all rows that have an end, in their order: `[row, width]`."""
+        """The final states of all rows with an `end`, in order: `[row, width]`."""
         return torch.stack([self.ends[number] for number in sorted(self.ends)])
 
 
 def run(
     base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False
 ) -> PackedResult:
-    """Run rows side by side; their prompts may have different lengths.
+    """Run rows together; their prompts may have different lengths.
 
     Args:
-        prompts: those that are recorded together, where several runs of rows about some of them share the recorded
-            pass; those of the rows, if left out.
-        keep_graph: leave states and readings in the autograd graph of what the edits write; the recorded run is no
-            part of it, so gradients pass through the blocks behind the edits only.
+        prompts: the prompts to record together, so that several calls share a recorded pass; those of the rows if left
+            out.
+        keep_graph: keep states and reads in the autograd graph of the written values. The recorded run is not part of
+            it, so gradients pass only through the blocks after the edits.
 
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
@@ -67,16 +67,16 @@ def run(
 
 
 def bucket_size(recording: Recording) -> int:
-    """The multiple that numbers of queries and keys are rounded up to, no larger than the prompts need."""
+    """The bucket size of a recording: that of its device, but no larger than the longest prompt needs."""
     ends = sorted((*recording.bases.values(), recording.total))
     longest = max(end - start for start, end in pairwise(ends))
     return min(BUCKETS.get(recording.entering[0].device.type, 1), 1 << (longest - 1).bit_length())
 
 
 def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:
-    """The recorded pass of just these prompts, so that what a chunk gives never depends on the chunks before it.
+    """The recorded pass of exactly these prompts, so that results never depend on earlier calls; and its cost.
 
-    And what it cost, where it was made now.
+    The cost is 0 if the pass was recorded before.
     """
     wanted = tuple(dict.fromkeys(prompts))
     known = base.memo.get("recording")

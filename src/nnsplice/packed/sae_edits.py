@@ -16,28 +16,28 @@ from nnsplice.paths import Path
 
 @dataclass(frozen=True)
 class PartChange:
-    """What becomes of parts of one SAE. What several of them change by at one token adds up."""
+    """A change of features or the error of one SAE. The changes of several of them at one token add up."""
 
     sae: Features
-    #: See `rows.Change`: here of the part's own values, `[row, 1]` of features, `[row, width]` of errors.
+    #: As `rows.Change`, of the part's own values: `[row, 1]` for features, `[row, width]` for errors.
     change: Callable[[Tensor, Tensor | None], Tensor]
 
     def steps(self, values: Tensor, given: Tensor | None, sites: Sequence[Site]) -> Tensor:
-        """What `[row, width]` values change by.
+        """The changes `[row, width]` of values `[row, width]`.
 
         Args:
-            given: what was given for the part of each row.
-            sites: the part that each row is about, all of one kind.
+            given: the given value for the part of each row.
+            sites: the part of each row, all of one kind.
         """
         old = features.each(self.sae, sites, values)
         return features.moved_each(self.sae, sites, self.change(old, given).to(old) - old, values)
 
 
 def is_part(place: Path) -> bool:
-    """Whether a site is a feature or an error."""
+    """Whether a site is a feature or the error of an SAE."""
     return site_of(place).kind in features.KINDS
 
 
-def home(place: Path) -> Site:
-    """Where the value stands that a site is a part of, or that it is."""
+def host_site(place: Path) -> Site:
+    """The site of a path; for a part of an SAE, the site that the SAE is attached to."""
     return site_of(host(place) if is_part(place) else place)

@@ -1,9 +1,9 @@
 """Attention modules that are called with whole prompts (GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen and others).
 
-What happens inside is unknown, so nothing inside can be exchanged. But it is a function of all tokens of a
-prompt, and those are known: the recorded ones before a row begins, its own after. So the module runs whole prompts, one
-for each row, with the arguments that it was recorded with, and what it returns for a row's own tokens goes back into
-the pack. Everything around it, two thirds of a block, stays packed.
+These modules do not use transformers' attention registry. But their output is a function of all tokens of a prompt, and
+these are known: the recorded tokens before a row's first one, then the row's own. So the module runs a whole prompt for
+each row, with its recorded arguments, and its outputs at the row's own tokens go back into the pack. The rest of the
+block, about two thirds of it, stays packed.
 """
 
 from __future__ import annotations
@@ -22,32 +22,31 @@ from nnsplice.packed.indices import on_device
 from nnsplice.packed.layout import Find, PackLayout
 from nnsplice.packed.masks import refuse_later
 
-#: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
-#: add in the module.
+#: The arguments of an attention module with the values of the run: its input, and the stream if the module adds to it.
 _LIVE = ("hidden_states", "residual")
-#: Those that stand for prompt and head on one axis, and those that are the same for every prompt.
+#: Arguments with prompts and heads on one axis, and arguments shared by all prompts.
 _BY_HEAD = ("alibi",)
 _SHARED = ("position_bias",)
-#: How a call is cut: at most this many times the pack's own tokens at once.
-TIMES = 4
+#: A call has at most this many times as many tokens as the pack.
+MOST_TIMES = 4
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The arguments of an attention module in a run of prompts of one length, by their names."""
+    """The arguments of an attention module in a recorded pass of prompts of one length, by name."""
 
-    #: `[prompt, token, width]`
+    #: The arguments with values of the run, `[prompt, token, width]`; rows replace these.
     live: Mapping[str, Tensor]
     given: Mapping[str, Any]
 
     @property
     def prompts(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
         return next(iter(self.live.values())).shape[0]
 
     @property
     def length(self) -> int:
-        """How many tokens each has."""
+        """The number of tokens of each prompt."""
         return next(iter(self.live.values())).shape[1]
 
 
@@ -73,7 +72,7 @@ def recording_calls(modules: Sequence[nn.Module], module_calls: dict[nn.Module, 
 
 
 def _refuse_later(mask: Tensor) -> None:
-    """Raise for a mask by which a token sees later ones; in code of one's own, True may mean seen or hidden."""
+    """Raise for a mask by which a token sees later ones; in a bool mask, True may mean visible or hidden."""
     if mask.dtype is torch.bool and mask.shape[-1] == mask.shape[-2]:
         refuse_later(mask != mask.diagonal(dim1=-2, dim2=-1)[..., None, :1].logical_not())
     elif mask.is_floating_point():
@@ -82,30 +81,30 @@ def _refuse_later(mask: Tensor) -> None:
 
 @dataclass(frozen=True)
 class WholePrompts:
-    """The recorded calls of every attention module, one for each length of prompts; empty where none is needed."""
+    """The recorded calls of each attention module, one per pass; empty if attention goes through the registry."""
 
     calls: Mapping[nn.Module, Sequence[ModuleCall]]
-    #: Where a prompt begins among the recorded tokens -> (which of the calls holds it, its number there).
+    #: The index of a prompt's first recorded token -> (the index of its call, its index in that call).
     places: Mapping[int, tuple[int, int]]
 
     @classmethod
     def of(cls, passes: Sequence[Mapping[nn.Module, ModuleCall]], bases: Sequence[Sequence[int]]) -> WholePrompts:
-        """The calls of several passes, whose prompts begin at `bases`."""
+        """The calls of several passes, with the indices of their prompts' first recorded tokens."""
         places = {base: (one, row) for one, members in enumerate(bases) for row, base in enumerate(members)}
         return cls({module: [calls[module] for calls in passes] for module in passes[0]}, places)
 
     def length(self, base: int) -> int:
-        """How many tokens the prompt has that begins there."""
+        """The length of the prompt whose first recorded token has this index."""
         one, _ = self.places[base]
         return next(iter(self.calls.values()))[one].length
 
     @contextmanager
     def running(self, layout: PackLayout, finds: Callable[[Find | None], None]) -> Iterator[None]:
-        """While this lasts, attention modules take and return packed tokens, and run whole prompts.
+        """In this block, attention modules take and return packed tokens, and run whole prompts inside.
 
         Args:
-            finds: called before each run with the place of a row's token in what the module's own layers see, and with
-                None after it.
+            finds: called before each run with the function that finds a row's token in the batch of whole prompts, and
+                with None after it.
         """
         before = {module: module.__dict__.get("forward") for module in self.calls}
         for module in self.calls:
@@ -150,9 +149,9 @@ class WholePrompts:
         return run
 
     def _batches(self, layout: PackLayout, number: int, call: ModuleCall) -> Iterator[list[int]]:
-        """The rows whose prompts a call holds, some at a time."""
+        """The rows of the prompts of one recorded call, in batches."""
         members = [n for n in layout.full if self.places[layout.rows[n].base][0] == number]
-        step = max(TIMES * layout.size // call.length, 1)
+        step = max(MOST_TIMES * layout.size // call.length, 1)
         for start in range(0, len(members), step):
             yield members[start : start + step]
 
@@ -160,7 +159,7 @@ class WholePrompts:
 def _token_indices(
     layout: PackLayout, members: Sequence[int], device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Where the tokens of these rows stand in the pack, and in `[row, token]` of whole prompts."""
+    """The indices of the tokens of these rows in the pack, and in `[row, token]` of the whole prompts."""
     rows = [layout.rows[n] for n in members]
     own = np.concatenate([np.arange(row.length) + layout.offsets[n] for n, row in zip(members, rows, strict=True)])
     at = np.concatenate([np.arange(row.start, row.last + 1) for row in rows])
@@ -180,7 +179,7 @@ def _finder(layout: PackLayout, members: Sequence[int], length: int) -> Find:
 
 
 def _argument_for(name: str, value: Any, call: ModuleCall, rows: Tensor) -> Any:
-    """An argument for these of the recorded prompts."""
+    """A recorded argument for some of the prompts."""
     if isinstance(value, tuple):
         return tuple(_argument_for(name, part, call, rows) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or name in _SHARED:
