@@ -253,8 +253,8 @@ def test_what_sites_promise_is_looked_up_a_fixed_number_of_times_however_many_si
     gpt2, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
     looked: list[object] = []
-    marks = gate.marks
-    monkeypatch.setattr(gate, "marks", lambda model: (looked.append(model), marks(model))[1])
+    marks = gate.state_of
+    monkeypatch.setattr(gate, "state_of", lambda model: (looked.append(model), marks(model))[1])
 
     def looks(sites: list[str]) -> int:
         saved = ns.capture(gpt2, PROMPT, sites)

@@ -1,13 +1,15 @@
-"""The promises of portable sites, measured on the model before their first use.
+"""Runtime checks that a portable site has the value that its address promises, before its first use on a model.
+
+A closure is one measured promise of one layer, for example how far its branches are from adding up to its output.
 
 promises     the kinds of sites, their promises, and the tolerance for rounding
-pass_values  one forward pass with all values that promises are measured on
-streams      the branches add up to the stream
-heads        one slice for each head; patterns
-mlp_parts    neurons and experts
+pass_values  one forward pass with all values that the checks need
+streams      the branches of a layer add up to its output
+heads        each slice before the output projection is one head's; patterns
+mlp_parts    neurons and experts add up to the MLP's output
 logit_head   the head reads the last layer only
-joint_norms  norms over all heads, which spread a write to other heads
-gate         measure once, keep the results, refuse sites that break their promise
+joint_norms  norms over all heads, through which a write changes other heads too
+gate         measures once, remembers the results, and refuses sites that break their promise
 """
 
 from nnsplice.closures.gate import measure, passes_spent, require

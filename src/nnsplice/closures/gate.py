@@ -1,8 +1,7 @@
-"""The gate: measure the promises of a kind of site before its first use, and refuse what does not hold.
+"""The gate: measures the promises of a kind of site before its first use, and refuses sites that break theirs.
 
-Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for the stream, one for what is
-written between attention and MLP, and for experts three calls of theirs.
-It is kept until modules or weights change.
+The cost is one forward pass of a few tokens for most kinds, one more for the stream, one more for `mid`, and three
+calls of each module of experts. Results are remembered until modules or weights change.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from nnsplice import engine
 from nnsplice.atlas import Atlas, Block, Site, Tower, unwrap
 from nnsplice.closures import heads, logit_head, mlp_parts, streams
 from nnsplice.closures.pass_values import Arguments, record_pass
-from nnsplice.closures.promises import CROSS, PROMISES, Closure, PromiseKind, kind_of
+from nnsplice.closures.promises import CROSS, PROMISES, UNMEASURED, Closure, PromiseKind, kind_of
 from nnsplice.errors import NnspliceError, RefusedPlace
 from nnsplice.paths import Path
 
-#: Tokens of the prompt: enough for a token with several before it.
+#: The number of tokens of the prompt: enough for a token with several before it.
 TOKENS = 4
 
 
 @dataclass
 class _Measured:
-    """The measurements of a model with its current weights."""
+    """The measurements of a model with its current modules and weights."""
 
-    mark: tuple[object, ...]
-    #: By the pass that measured them.
+    #: See `state_of`.
+    state: tuple[object, ...]
+    #: The closures by the name of the pass that measured them; see `_PASSES`.
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
     #: Whether attention was eager in the first pass, so that it returned probabilities.
     eager: bool = False
-    #: How the first pass ended, by the tower's name, until the stream was measured.
+    #: The end of the first pass of each tower, until the stream is measured.
     ends: dict[str, logit_head.PassEnd] = field(default_factory=dict)
-    #: The arguments of modules of experts in the first pass.
+    #: The arguments of modules of experts in the first pass, by module and call.
     calls: dict[tuple[str, int], Arguments] = field(default_factory=dict)
-    #: The twin of a model whose weights are not loaded, and its arguments, the same in every pass.
+    #: For a model without loaded weights: a small random twin that runs instead, and its arguments.
     twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
-    #: Forward passes of measurements that no result has reported yet.
+    #: The number of forward passes of measurements that no result has reported yet.
     unreported: float = 0.0
     #: Kinds that hold in every layer.
     sound: set[PromiseKind] = field(default_factory=set)
@@ -54,13 +54,13 @@ _lock = threading.RLock()
 
 
 def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None:
-    """Raise for expanded paths whose kind does not hold in their layer; native ones promise nothing.
+    """Raise for expanded paths that break their promise in their layer; native paths promise nothing.
 
     Args:
-        written: they will be written, so that patterns promise more.
+        written: the sites will be written, which promises more of patterns.
 
     Raises:
-        RefusedPlace: with what was measured, and what holds in this model.
+        RefusedPlace: the message has the measurement, and the kinds of sites that hold in this model.
     """
     wanted: dict[PromiseKind, list[Path]] = {}
     paths = list(paths)
@@ -72,9 +72,9 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
         if kind == "pattern" and written:
             wanted.setdefault("written pattern", []).append(path)
     known = _measured.get(unwrap(model)) if wanted else None
-    if not wanted or (known is not None and wanted.keys() <= known.sound and known.mark == marks(model)):
+    if not wanted or (known is not None and wanted.keys() <= known.sound and known.state == state_of(model)):
         return
-    # In the middle of a run `fully_shard` has other tensors for the same weights, and nothing may run its blocks.
+    # Inside a run of a `fully_shard` model its parameters are other tensors, and its blocks must not be called.
     if (
         known is not None
         and wanted.keys() <= known.sound
@@ -82,27 +82,27 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
         and engine.is_inside(model)
     ):
         return
-    # The model is locked first, as its holders may take the second lock too.
+    # The model's lock first: a thread that holds it may come here for the second.
     with engine.locked(model), _lock:
-        known = _of(model)
+        known = _measurements(model)
         for kind, places in wanted.items():
             if kind not in known.sound:
                 _check(model, known, kind, places)
 
 
 def measure(model: Any, kinds: Iterable[PromiseKind] | None = None) -> list[Closure]:
-    """What these kinds promise in each layer and by how much it is missed; all kinds if left out.
+    """The closures of these kinds in all layers; of all kinds if left out.
 
     >>> from nnsplice.closures import measure
     >>> sorted({closure.kind for closure in measure(model, ["heads", "mid"]) if closure.holds})
     ['heads', 'mid']
 
     Raises:
-        RefusedPlace: the model could not be run.
+        RefusedPlace: the model cannot be run.
     """
     wanted = tuple(PROMISES if kinds is None else kinds)
     with engine.locked(model), _lock:
-        known = _of(model)
+        known = _measurements(model)
         return [closure for kind in wanted for closure in _closures(model, known, kind)]
 
 
@@ -116,16 +116,16 @@ def passes_spent(model: Any) -> float:
         return passes
 
 
-def marks(model: Any) -> tuple[object, ...]:
-    """A value that changes with modules or weights, without reading the weights."""
+def state_of(model: Any) -> tuple[object, ...]:
+    """A value that differs after a change of modules or weights; the weights are not read."""
     root = unwrap(model)
-    # The atlas is read anew when modules change.
-    mark = id if engine.meshes_of(root) else _mark  # of whole weights that come and go with each run
-    return (Atlas.of(root), hash(tuple(map(mark, _parameters(root)))))
+    # There is another atlas after modules change. Of sharded weights the memory changes in every run, so ids are used.
+    state = id if engine.meshes_of(root) else _parameter_state
+    return (Atlas.of(root), hash(tuple(map(state, _parameters(root)))))
 
 
 def _parameters(root: nn.Module) -> Iterator[nn.Parameter]:
-    """All parameters; `root.parameters()` also makes their names, which takes five times as long in every trace."""
+    """All parameters, for every trace: `root.parameters()` also makes their names, which takes five times as long."""
     queue: list[nn.Module | None] = [root]
     while queue:
         module = queue.pop()
@@ -134,18 +134,18 @@ def _parameters(root: nn.Module) -> Iterator[nn.Parameter]:
             queue.extend(module._modules.values())
 
 
-def _mark(parameter: torch.Tensor) -> tuple[int, int]:
+def _parameter_state(parameter: torch.Tensor) -> tuple[int, int]:
     try:
         return (parameter.data_ptr(), parameter._version)
-    except RuntimeError:  # neither is known of sharded, wrapped or inference tensors
+    except RuntimeError:  # sharded, wrapped and inference tensors have neither
         return (id(parameter), -1)
 
 
-def _of(model: Any) -> _Measured:
-    root, mark = unwrap(model), marks(model)
+def _measurements(model: Any) -> _Measured:
+    root, state = unwrap(model), state_of(model)
     known = _measured.get(root)
-    if known is None or known.mark != mark:
-        known = _measured[root] = _Measured(mark, unreported=0.0 if known is None else known.unreported)
+    if known is None or known.state != state:
+        known = _measured[root] = _Measured(state, unreported=0.0 if known is None else known.unreported)
     return known
 
 
@@ -154,7 +154,7 @@ def _of(model: Any) -> _Measured:
 
 def _closures(model: Any, known: _Measured, kind: PromiseKind) -> list[Closure]:
     if kind in ("pattern", "written pattern") and _is_eager(model) and not known.eager:
-        known.closures.pop("pass", None)  # it was run with an attention that makes no probabilities
+        known.closures.pop("pass", None)  # it was run with an attention that returns no probabilities
         known.sound.clear()
     found = list(_run(model, known, "pass"))
     if kind == "mid" and all(closure.holds for closure in found if closure.kind == "mid"):
@@ -168,7 +168,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
     if what not in known.closures:
         measuring = _PASSES[what]
         try:
-            # Whatever the caller's block has switched off; what is run inside decides for itself.
+            # The checks need gradients, also inside a caller's no_grad or inference_mode.
             with torch.inference_mode(False), torch.enable_grad():
                 runner, args, kwargs = known.twin or engine.example_of(model, TOKENS)
                 known.twin = None if runner is model else (runner, args, kwargs)
@@ -224,7 +224,7 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
 
 
 def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
-    """The number of tokens that a tower is given; None if the call does not tell it."""
+    """The number of tokens of a tower's input; None if the arguments do not have it."""
     _, kwargs = example
     own = kwargs.get("decoder_input_ids") if tower.name == "decoder" else None
     ids = kwargs.get("input_ids") if own is None else own
@@ -270,7 +270,7 @@ _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
 # --- refusing ---------------------------------------------------------------------------------------------------------
 
 
-#: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
+#: Kinds that every layer with heads has: a layer without a measurement is refused.
 _MEASURED: tuple[PromiseKind, ...] = ("heads", "q", "k", "v", "gate", "ungated", "written pattern")
 
 
@@ -279,7 +279,7 @@ def _check(model: Any, known: _Measured, kind: PromiseKind, places: list[Path]) 
     broken = [closure for closure in found if not closure.holds]
     there = {(closure.tower, closure.layer) for closure in found}
     if kind == "written pattern" and not _is_eager(model):
-        return  # whoever asks for it is told so
+        return  # a write of a pattern says itself that it needs eager attention
     towers = Atlas.of(model).towers
     if not broken and there >= _needed(towers, kind):
         if found:
@@ -290,18 +290,18 @@ def _check(model: Any, known: _Measured, kind: PromiseKind, places: list[Path]) 
         closure = next((c for c in broken if c.tower == tower and c.layer == layer), None)
         if closure is None and kind in _MEASURED and (tower, layer) not in there:
             if _block(towers, tower, layer).layout is None:
-                continue  # a whole projection, of which nothing but its name is claimed
+                continue  # a whole projection, whose address promises nothing but the module
             text = "nothing could be measured of its attention: it makes no probabilities, or passes no gradients back"
-            closure = Closure(kind, tower, layer, float("inf"), 0.0, text)
+            closure = Closure(kind, tower, layer, UNMEASURED, 0.0, text)
             broken = [*broken, closure]
         if closure is not None:
             raise _refusal(model, known, kind, path, closure, broken)
 
 
 def _needed(towers: Mapping[str, Tower], kind: PromiseKind) -> set[tuple[str, int]]:
-    """The layers that must have been measured."""
+    """The (tower, layer) pairs that must have been measured."""
     every = [(name, block) for name, tower in towers.items() for block in tower.blocks]
-    # Without an encoder beside it, cross-attention does not run.
+    # Cross-attention runs only with an encoder.
     every += [(CROSS, block.cross) for name, block in every if block.cross is not None and "encoder" in towers]
     found = ((name, block) for name, block in every if kind in _MEASURED and block.layout is not None)
     return {(name, block.index) for name, block in found if kind not in ("gate", "ungated") or block.gate_of(0)}
@@ -315,7 +315,7 @@ def _where(path: Path) -> tuple[str, int]:
 
 
 def _block(towers: Mapping[str, Tower], tower: str, layer: int) -> Block:
-    """The layer that a closure is of."""
+    """The block of a closure's layer."""
     if tower != CROSS:
         return towers[tower].blocks[layer]
     block = towers["decoder"].blocks[layer].cross
@@ -327,7 +327,7 @@ def _refusal(
     model: Any, known: _Measured, kind: PromiseKind, path: Path, closure: Closure, broken: list[Closure]
 ) -> RefusedPlace:
     name, promise = PROMISES[kind]
-    if closure.gap == float("inf") and (lost := _not_finite(unwrap(model))):
+    if closure.gap == UNMEASURED and (lost := _not_finite(unwrap(model))):
         more = f" (and {len(lost) - 1} more parameters)" * (len(lost) > 1)
         return RefusedPlace(
             f"{lost[0]}{more} holds NaN or infinity, so what stands at a site of this model cannot be measured",
@@ -335,9 +335,7 @@ def _refusal(
             expected="a model whose weights are all numbers",
         )
     layers = sorted({one.layer for one in broken if one.tower == closure.tower})
-    number = (
-        "" if closure.gap == float("inf") else f" (by {closure.gap:.1e}, where rounding makes {closure.allowed:.0e})"
-    )
+    number = "" if closure.gap == UNMEASURED else f" (by {closure.gap:.1e}, where rounding makes {closure.allowed:.0e})"
     shown = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
     sound = [PROMISES[other][0] for other in PROMISES if other != kind and _sound(known, other)]
     return RefusedPlace(
@@ -351,11 +349,11 @@ def _refusal(
 
 
 def _not_finite(root: nn.Module) -> list[str]:
-    """The names of the parameters that hold a NaN or an infinity."""
+    """The names of the parameters that contain NaN or infinity."""
     return [name for name, one in root.named_parameters() if not one.is_meta and not bool(one.isfinite().all())]
 
 
 def _sound(known: _Measured, kind: PromiseKind) -> bool:
-    """Whether a kind is there and holds in all layers, of what has been measured."""
+    """Whether a kind was measured and holds in all layers."""
     found = [closure for of in known.closures.values() for closure in of if closure.kind == kind]
     return bool(found) and all(closure.holds for closure in found)

@@ -17,25 +17,23 @@ from nnsplice.atlas import Atlas, Block, Layout, Tower
 from nnsplice.atlas.layouts import ROLES, Role
 from nnsplice.atlas.tree import is_norm
 from nnsplice.closures.pass_values import PassValues
-from nnsplice.closures.promises import Closure, gap, largest, tolerance
-
-_NOTHING = float("inf")
+from nnsplice.closures.promises import UNMEASURED, Closure, gap, largest, tolerance
 
 
 def rebuilt(atlas: Atlas, tower: Tower, block: Block, recorded: PassValues) -> Iterator[Closure]:
-    """What the output projection makes is what attention adds, or what the norm at its end is given."""
+    """The output of the output projection is what attention adds to the stream, or the input of a norm before that."""
     made = recorded.at(block.o, "passed", block.occurrence)
     if made is None or block.layout is None:
         return
     added = block.attn_added or block.attn
     end = "given" if added is not None and added != block.o and is_norm(atlas.tree, added) else "output"
     total = recorded.at(added, end, block.occurrence) if added != block.o else made
-    missed = _NOTHING if total is None else gap([made], total)
+    missed = UNMEASURED if total is None else gap([made], total)
     found = "the output projection does not make attn.output of them"
     yield Closure("heads", tower.name, block.index, missed, tolerance(made), found)
 
 
-#: A role, and the gate of a head.
+#: The inputs of a head: its q, k and v, and its gate in some families.
 HeadInput = Literal["q", "k", "v", "gate"]
 
 
@@ -44,28 +42,29 @@ HeadInput = Literal["q", "k", "v", "gate"]
 
 @dataclass(frozen=True)
 class HeadSlices:
-    """The slices of one layer's heads and the projections that they are made of."""
+    """The slices of one layer's heads before the output projection, and the projections that they depend on."""
 
     block: Block
     layout: Layout
-    #: `[token, width]`
+    #: `[token, width]`: the input of the output projection; each head has a range of columns.
     slots: Tensor
+    #: The outputs of the projections of q, k and v, as leaves of the autograd graph of `slots`.
     leaves: Mapping[Role, Tensor]
-    #: What the layer made that holds the gates of heads; None where there is none.
+    #: The module output with the gates of heads, as a leaf; None without gates.
     gates: Tensor | None = None
 
     @property
     def parts(self) -> tuple[HeadInput, ...]:
-        """What the slices are made of."""
+        """The inputs of heads in this layer."""
         return (*ROLES, "gate") if self.gates is not None else ROLES
 
     @property
     def all(self) -> list[Tensor]:
-        """Everything that gradients arrive at."""
+        """All leaves."""
         return [*self.leaves.values(), *([] if self.gates is None else [self.gates])]
 
     def leaf(self, part: HeadInput) -> Tensor:
-        """What holds a role, or the gates."""
+        """The leaf with an input of the heads."""
         if part == "gate":
             assert self.gates is not None
             return self.gates
@@ -73,7 +72,7 @@ class HeadSlices:
 
     @cached_property
     def columns(self) -> dict[HeadInput, tuple[Tensor, Tensor]]:
-        """By part, of each column of what holds it: which head or group it is of, or -1; whether it is the first."""
+        """For each input, by column of its leaf: the index of the head or group, or -1; and whether it is its first."""
         found: dict[HeadInput, tuple[Tensor, Tensor]] = {}
         for part in self.parts:
             width = self.leaf(part).shape[-1]
@@ -92,7 +91,7 @@ class HeadSlices:
             yield index, self.layout.range(part, index)
 
     def last(self, heads: Iterable[int], columns: Iterable[int]) -> Tensor:
-        """Some columns of some heads' slices at the last token, summed with weights that do not cancel."""
+        """A weighted sum of one column of each head's slice at the last token; the weights prevent cancellation."""
         d = self.layout.head_dim
         at = [head * d + column for head, column in zip(heads, columns, strict=True)]
         weights = torch.linspace(1.0, 2.0, len(at), device=self.slots.device, dtype=self.slots.dtype)
@@ -100,7 +99,7 @@ class HeadSlices:
 
 
 def head_slices(block: Block, recorded: PassValues) -> HeadSlices | None:
-    """The slices of a layer, or None where they are not tied to projections."""
+    """The slices of a layer; None if they do not depend on recorded projections."""
     slots = recorded.slots.get((str(block.o), block.occurrence))
     leaves = {role: recorded.leaves.get((str(block.source(role)), block.occurrence)) for role in ROLES}
     if slots is None or block.layout is None or not slots.requires_grad or any(v is None for v in leaves.values()):
@@ -111,7 +110,7 @@ def head_slices(block: Block, recorded: PassValues) -> HeadSlices | None:
 
 
 def codewords(count: int) -> list[frozenset[int]]:
-    """A set of numbers for each head, none inside another: so few sums tell every head from every other.
+    """A set of numbers for each head, none a subset of another: a few sums over heads then identify each head.
 
     >>> from nnsplice.closures.heads import codewords
     >>> len(codewords(32)), len(frozenset().union(*codewords(32)))
@@ -132,7 +131,7 @@ def influence(tower: Tower, layers: list[HeadSlices]) -> Iterator[Closure]:
     """Which columns of q, k, v and gates each slice depends on, for all layers together."""
     outside = {(t.block.index, role, part): 0.0 for t in layers for role in t.parts for part in ("heads", "tokens")}
     for by in ("head", "group"):
-        # Where each head has its own keys and values, one round tells all.
+        # If each head has its own keys and values, the first round covers them.
         there = [t for t in layers if by == "head" or t.layout.n_heads != t.layout.n_kv]
         words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in there}
         for number in sorted(frozenset().union(*(word for of in words.values() for word in of))):
@@ -155,7 +154,7 @@ def influence(tower: Tower, layers: list[HeadSlices]) -> Iterator[Closure]:
         allowed = tolerance(t.slots)
         for role in t.parts:
             of_heads, of_tokens = (outside[t.block.index, role, part] for part in ("heads", "tokens"))
-            # What lies side by side is taken wrongly together: a query for its gate, a key for its value.
+            # Adjacent columns are mistaken for each other: a query and its gate, a key and its value.
             beside: HeadInput | None = "gate" if t.layout.gate_dim else None
             beside = beside if role == "q" else "v" if role == "k" and t.layout.shares("k") else None
             if beside is not None:
@@ -176,21 +175,21 @@ def _chosen(layout: Layout, by: str, words: list[frozenset[int]], number: int) -
 
 
 def _outside(t: HeadSlices, role: HeadInput, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
-    """The largest gradient at columns, and at tokens, where none should be, as shares of the largest of this role."""
+    """The largest gradient at other heads' columns, and at other tokens, as shares of the largest gradient."""
     if grad is None:
-        return 0.0, 0.0  # nothing at all depends on it, as in a head that was zeroed
+        return 0.0, 0.0  # nothing depends on it, as for a zeroed head
     grad = grad.reshape(-1, grad.shape[-1]).abs().double().cpu()
     owner, leads = t.columns[role]
-    chosen = torch.zeros(t.layout.n_heads + 1, dtype=torch.bool)  # the last is of columns that belong to none
+    chosen = torch.zeros(t.layout.n_heads + 1, dtype=torch.bool)  # the last entry is for columns of no head
     chosen[[head if role in ("q", "gate") else t.layout.group_of(head) for head in heads]] = True
     own = chosen[owner]
-    if role in ("v", "gate"):  # one column of these makes one column
+    if role in ("v", "gate"):  # these act column by column
         own &= leads
     size = float(grad[:, owner >= 0].max())
     if not size:
         return 0.0, 0.0
     others = float((grad * ((owner >= 0) & ~own)).max()) / size
-    # The query of the last token is read by it alone, and so is its gate.
+    # The query and the gate of the last token are used by that token only.
     return others, float((grad * own)[:-1].max()) / size if role in ("q", "gate") and len(grad) > 1 else 0.0
 
 
@@ -198,9 +197,9 @@ def _outside(t: HeadSlices, role: HeadInput, grad: Tensor | None, heads: list[in
 
 
 def before_gates(tower: Tower, t: HeadSlices) -> Iterator[Closure]:
-    """A slice is what the head mixed, times the sigmoid of its gate; nothing where heads have no gates.
+    """A slice is the head's mixed values times the sigmoid of its gate. Yields nothing for heads without gates.
 
-    The first token reads itself alone, so what its heads mixed is the value of their group.
+    The first token attends to itself only, so its mixed value is the value of its group.
     """
     block, layout = t.block, t.layout
     if t.gates is None:
@@ -223,20 +222,20 @@ def before_gates(tower: Tower, t: HeadSlices) -> Iterator[Closure]:
 
 
 def keys(tower: Tower, block: Block, width: int, given: int | None) -> Iterator[Closure]:
-    """The keys of a pattern are the prompt's own tokens, and not soft tokens beside them.
+    """The keys of a pattern are the prompt's own tokens, without soft tokens.
 
     Args:
-        width: how many tokens stand in the layer.
-        given: how many the model was given; None where that is unknown.
+        width: the number of tokens in the layer.
+        given: the number of input tokens; None if unknown.
     """
     if given is not None and width != given:
         found = f"its keys are {width} tokens, and the model was given {given}: there are soft tokens among them"
-        yield Closure("pattern", tower.name, block.index, _NOTHING, 0.0, found)
-        yield Closure("written pattern", tower.name, block.index, _NOTHING, 0.0, found)
+        yield Closure("pattern", tower.name, block.index, UNMEASURED, 0.0, found)
+        yield Closure("written pattern", tower.name, block.index, UNMEASURED, 0.0, found)
 
 
 def patterns(tower: Tower, t: HeadSlices, recorded: PassValues) -> Iterator[Closure]:
-    """Probabilities that mix values into slices; nothing where the attention returns none."""
+    """Attention probabilities mix the values into slices. Yields nothing if the attention returns none."""
     block, layout = t.block, t.layout
     assert block.pattern is not None
     shares = _shares(recorded.patterns.get((block.pattern[0], block.occurrence)), block.pattern[1])
@@ -247,8 +246,8 @@ def patterns(tower: Tower, t: HeadSlices, recorded: PassValues) -> Iterator[Clos
     allowed = tolerance(shares, values, t.slots)
     if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, keys) or shares.shape[0] != 1:
         found = f"what is returned has the shape {list(shares.shape)}, for {layout.n_heads} heads and {tokens} tokens"
-        yield Closure("pattern", tower.name, block.index, _NOTHING, allowed, found)
-        yield Closure("written pattern", tower.name, block.index, _NOTHING, allowed, found)
+        yield Closure("pattern", tower.name, block.index, UNMEASURED, allowed, found)
+        yield Closure("written pattern", tower.name, block.index, UNMEASURED, allowed, found)
         return
     shares = shares[0].double().cpu()
     values = values.reshape(keys, -1).double().cpu()
@@ -259,7 +258,7 @@ def patterns(tower: Tower, t: HeadSlices, recorded: PassValues) -> Iterator[Clos
     written = largest((shares @ own - slices).abs(), size)
     yield Closure("written pattern", tower.name, block.index, written, allowed, "pattern @ v is not the head's slice")
     over = max(float(-shares.min()), float(shares.sum(-1).max()) - 1, 0.0)
-    # Half of the digits: some families round the probabilities before they use them, and all of them add up in float32.
+    # With a larger tolerance: some families round the probabilities before use, and softmax sums in float32.
     if over > (limit := max(allowed, torch.finfo(torch.float32).eps * 4)):
         yield Closure("pattern", tower.name, block.index, over, limit, "its rows are no shares of one")
         return
@@ -276,24 +275,24 @@ def _shares(output: object, item: int) -> Tensor | None:
 
 
 def _mixing(t: HeadSlices, shares: Tensor) -> float:
-    """By how much the shares of the last token miss the gradients of slices by values, up to a factor for each head.
+    """The difference between the last token's probabilities and the gradients of slices with respect to values.
 
-    Norms of values and gates behind the mixing are such factors: they change what a head writes, not what it looks at.
+    Up to a factor for each head: norms of values, and gates after the mixing, scale what a head writes.
     """
     layout = t.layout
     heads = range(layout.n_heads)
     if layout.per_group > layout.head_dim:
-        return _NOTHING
+        return UNMEASURED
     columns = [head % layout.per_group for head in heads]
     (grad,) = torch.autograd.grad(t.last(heads, columns), [t.leaves["v"]], retain_graph=True, allow_unused=True)
     if grad is None:
-        return _NOTHING
+        return UNMEASURED
     grad = grad.reshape(-1, grad.shape[-1]).double().cpu()
     missed = 0.0
     for head, column in zip(heads, columns, strict=True):
         moved, share = grad[:, layout.range("v", layout.group_of(head))[0] + column], shares[head, -1]
         factor = (moved @ share) / (share @ share).clamp_min(1e-300)
         if not bool(moved.any()):
-            return _NOTHING
+            return UNMEASURED
         missed = max(missed, float((moved - factor * share).abs().max() / moved.abs().max()))
     return missed

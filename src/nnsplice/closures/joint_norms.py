@@ -1,4 +1,4 @@
-"""What a head's query or key shares with others: a norm over all heads behind the projection."""
+"""The warning for writes to a query or key before a norm over all heads (joint QK norm)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from nnsplice.atlas import Atlas, Site, native_text, unwrap
 from nnsplice.paths import Path
 from nnsplice.warn import warn_caller
 
-#: Value -> what it is called, one and several, and whose it is.
+#: Value -> its name in the singular and plural, and the part that has it.
 _NAMES = {"q": ("query", "queries", "head"), "k": ("key", "keys", "group")}
 
 
 def warn_of_joint_norms(model: Any, paths: Iterable[Path]) -> None:
-    """Warn of expanded paths that will be written, and move other heads through a norm over all of them.
+    """Warn of expanded paths that will be written, if a norm over all heads makes the write change other heads too.
 
-    Nothing is wrong with such a write: the model's own norm carries it on.
+    The write itself is exact: it is the model's own norm that spreads it.
     """
     atlas = Atlas.of(unwrap(model))
     for path in paths:

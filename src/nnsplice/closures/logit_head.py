@@ -1,7 +1,7 @@
 """Measure that the head reads the output of the last layer only.
 
-Some models also feed outputs of earlier layers to the final norm or the head. The outputs of their layers are refused
-as the stream, since the last one alone does not decide the logits.
+Some models also feed outputs of earlier layers to the final norm or the head. There the outputs of layers are refused
+as sites of the stream, since the last one does not determine the logits.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _FOUND = "what is read behind the last layer is more than that layer's output"
 
 @dataclass(frozen=True)
 class PassEnd:
-    """The output of the last layer in a pass, and the logits."""
+    """The output of the last layer in a pass, `[prompt, token, width]`, and the logits."""
 
-    left: Tensor
+    output: Tensor
     logits: Tensor
 
 
 def pass_end(tower: Tower, recorded: PassValues) -> PassEnd | None:
     """The end of a pass; None for a tower without a head."""
     last = tower.blocks[-1]
-    left = recorded.at(last.end or last.module, "passed", last.occurrence)
-    if left is None or recorded.logits is None or tower.unembed is None:
+    output = recorded.at(last.end or last.module, "passed", last.occurrence)
+    if output is None or recorded.logits is None or tower.unembed is None:
         return None
-    return PassEnd(left, recorded.logits)
+    return PassEnd(output, recorded.logits)
 
 
 def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]], end: PassEnd) -> Iterator[Closure]:
-    """Another prompt has the same logits where its last layer puts out the same; asked of all layers as one."""
+    """Another prompt has the same logits if its last layer's output is replaced; one measurement for all layers."""
     args, kwargs = example
     ids = kwargs.get("input_ids")
     if args or not isinstance(ids, Tensor):
-        return  # a module without tokens has no head that anyone claims
-    other = _logits(model, tower, {**kwargs, "input_ids": ids.flip(-1)}, end.left)
+        return  # a module without token ids has no unembedding
+    other = _logits(model, tower, {**kwargs, "input_ids": ids.flip(-1)}, end.output)
     if other is None or other.shape != end.logits.shape:
         return
     missed, allowed = gap([end.logits], other), tolerance(other, computed=True)
@@ -51,16 +51,16 @@ def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any
         yield Closure("stream", tower.name, block.index, missed, allowed, _FOUND)
 
 
-def _logits(model: Any, tower: Tower, kwargs: dict[str, Any], left: Tensor) -> Tensor | None:
+def _logits(model: Any, tower: Tower, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
     """The logits of a run with the output of the last layer replaced."""
     last, root = tower.blocks[-1], unwrap(model)
     visits: list[None] = []
 
-    def meet(_: nn.Module, __: Any, output: Any) -> Any:
+    def replace(_module: nn.Module, _args: Any, own: Any) -> Any:
         visits.append(None)
-        return replaced(output, left.to) if len(visits) == last.occurrence + 1 else None
+        return replaced(own, output.to) if len(visits) == last.occurrence + 1 else None
 
-    hook = root.get_submodule(last.end or last.module).register_forward_hook(meet)
+    hook = root.get_submodule(last.end or last.module).register_forward_hook(replace)
     try:
         with engine.undisturbed(model) as call:
             logits = getattr(call(**kwargs), "logits", None)

@@ -14,14 +14,14 @@ from nnsplice.closures.promises import Closure, gap, tolerance
 
 
 def neurons(tower: Tower, block: Block, recorded: PassValues) -> Iterator[Closure]:
-    """What the last matrix makes is what the MLP makes, up to a factor."""
+    """The output of the last matrix is the output of the MLP, up to a factor."""
     made = recorded.at(block.down, "passed", block.occurrence)
     if made is None or block.is_sparse:
         return
     ends = [recorded.at(block.mlp_added, end, block.occurrence) for end in ("output", "given")]
     ends.append(None if block.mlp_is_bare else recorded.at(block.mlp, "output", block.occurrence))
     found = [gap([made * _factor(made, end)], end) for end in ends if end is not None and end.shape == made.shape]
-    if found:  # else the last matrix stands alone, and there is nothing to compare it with
+    if found:  # else there is no output of the MLP to compare with
         text = f"{block.down} does not make what the MLP makes"
         yield Closure("neurons", tower.name, block.index, min(found), tolerance(made), text)
 
@@ -33,10 +33,10 @@ def _factor(made: Tensor, end: Tensor) -> float:
 
 
 def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Arguments], model: object) -> Iterator[Closure]:
-    """Experts with even numbers and those with odd ones make what all of them make.
+    """The experts with even numbers and those with odd numbers add up to the output of all experts.
 
-    Nothing where they are not given their choice and their weights: one of them cannot be told apart then, and whoever
-    asks for it is told so.
+    Yields nothing if the module is not called with the chosen experts and their weights: sites of single experts are
+    refused elsewhere then.
     """
     if block.experts is None or block.experts_are_modules:
         return
@@ -58,9 +58,9 @@ def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Argument
 
 
 def share_of_experts(model: object) -> float:
-    """The cost of `experts` in all layers as a share of a forward pass: three calls of each module of experts.
+    """The cost of `experts` in all layers, in forward passes: three calls of each module of experts.
 
-    Measured by the sizes of matrices; of experts, those of one token count.
+    Estimated by the sizes of matrices; of the experts, those of one token count.
     """
     root = unwrap(model)
     one, whole = 0.0, float(sum(p.numel() for p in root.parameters() if p.dim() > 1))

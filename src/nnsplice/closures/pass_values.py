@@ -1,8 +1,8 @@
 """One forward pass outside of traces, with the values that promises are measured on.
 
-Between the projections of an attention and its output projection the pass is differentiable, layer by layer: the
-outputs of q, k and v are leaves, and what the output projection makes is cut off. So gradients say which of their
-columns a slice depends on, at the price of the attention's core, which has no matrices.
+The pass has an autograd graph within each attention only: the outputs of q, k and v are leaves, and the output of the
+output projection is detached. So gradients show which columns of q, k and v a head's slice depends on, at the cost of
+the attention scores, without that of the matrices.
 """
 
 from __future__ import annotations
@@ -21,48 +21,49 @@ from nnsplice.atlas import Atlas, Block, unwrap
 from nnsplice.atlas.families import CROSS
 from nnsplice.atlas.tree import is_norm
 
-#: A module's value: what arrives at it (`given`), what it reads after hooks of others (`input`), what it makes
-#: (`output`), what the model goes on with after hooks of others (`passed`).
+#: A value of a module: its argument before (`given`) and after other hooks (`input`), its return value before
+#: (`output`) and after other hooks (`passed`).
 End = str
-#: The module, its end, and which of its calls.
+#: The module, the value, and the index of the call.
 Key = tuple[str, End, int]
 
-#: What a module was called with.
+#: The arguments of a call of a module.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class PassValues:
-    """What one pass went through."""
+    """The values of one pass."""
 
     values: dict[Key, Tensor] = field(default_factory=dict)
-    #: Outputs of the projections of q, k and v, and inputs of output projections, tied to them.
+    #: By module and call: outputs of the projections of q, k and v, and inputs of output projections (`slots`), in one
+    #: autograd graph with the former as leaves.
     leaves: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     slots: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    #: What attention modules return in the place of probabilities.
+    #: The outputs of attention modules, which may include probabilities.
     patterns: dict[tuple[str, int], Any] = field(default_factory=dict)
-    #: What modules of experts were called with.
+    #: The arguments of modules of experts.
     calls: dict[tuple[str, int], Arguments] = field(default_factory=dict)
     visits: dict[Key, int] = field(default_factory=dict)
-    #: What the model returned, where it says so.
+    #: The logits, if the model returns any.
     logits: Tensor | None = None
 
     def at(self, module: str | None, end: End, visit: int) -> Tensor | None:
-        """A value, or None where it was not met."""
+        """A value; None if the module was not called."""
         return None if module is None else self.values.get((module, end, visit))
 
 
-#: A change of the stream where it is met between attention and MLP: what stands there -> what is to stand there.
+#: A change of the stream between attention and MLP: a function of the current value.
 Written = Callable[[Tensor], Tensor]
 
 
 def record_pass(
     model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: Written | None = None
 ) -> PassValues:
-    """Run a model once and keep what its closures need.
+    """Run a model once and keep the values that its checks need.
 
     Args:
-        write: put into every site between attention and MLP, as a replay would; no gradients are kept then.
+        write: a change to make at every `mid` site, as a replay would; the pass has no gradients then.
     """
     root, atlas = unwrap(model), Atlas.of(model)
     args, kwargs = example
@@ -114,13 +115,13 @@ def _tie(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
     home = block.attn or (block.pattern and block.pattern[0])
     for module in atlas.tree.under(home) if home else ():
         if is_norm(atlas.tree, module) and module != block.attn_added and not CROSS & set(module.split(".")):
-            hooks.straight(module)
+            hooks.identity_gradient(module)
     if block.pattern is not None:
         hooks.pattern(block.pattern[0])
 
 
 class _Hooks:
-    """Hooks of torch on a plain module, for the calls of this thread."""
+    """Hooks on a plain module that record values, for calls in this thread only."""
 
     def __init__(self, root: nn.Module, stack: ExitStack) -> None:
         self.root, self.stack, self.recorded = root, stack, PassValues()
@@ -128,7 +129,7 @@ class _Hooks:
         self.known: set[tuple[str, str]] = set()
 
     def _new(self, name: str | None, what: str) -> nn.Module | None:
-        """The module, the first time that this is asked of it."""
+        """The module, if it has no hook of this kind yet."""
         if name is None or (name, what) in self.known:
             return None
         self.known.add((name, what))
@@ -152,7 +153,7 @@ class _Hooks:
         self.stack.callback(module.register_forward_hook(hook, prepend=first).remove)
 
     def keep(self, name: str | None, *ends: End) -> None:
-        """Keep copies of a module's values; a block may add to the very tensor that a branch gave it."""
+        """Keep copies of a module's values; copies, as some blocks add into a branch's output in place."""
         for end in ends:
             module = self._new(name, end)
             if module is None:
@@ -170,7 +171,7 @@ class _Hooks:
                 self._after(module, lambda _, output, meet=meet: meet(output), first=end == "output")
 
     def calls(self, name: str) -> None:
-        """Keep what a module is called with."""
+        """Keep the arguments of a module."""
         module = self._new(name, "call")
         if module is not None:
             self._before(module, lambda args, kwargs: self._called(name, args, kwargs))
@@ -180,7 +181,7 @@ class _Hooks:
         self.recorded.calls[name, self._visit(name, "call")] = copied
 
     def leaf(self, name: str) -> None:
-        """Let the run go on with an output that gradients arrive at."""
+        """Replace a module's output by a leaf of the autograd graph."""
         module = self._new(name, "leaf")
         if module is not None:
             self._after(module, lambda _, output: self._leaf(name, output))
@@ -191,10 +192,10 @@ class _Hooks:
             return None
         leaf = tensor.detach().clone().requires_grad_()
         self.recorded.leaves[name, self._visit(name, "leaf")] = leaf
-        return wire.repack(output, None, leaf.clone())  # code may change it in place, which no leaf allows
+        return wire.repack(output, None, leaf.clone())  # a clone, as leaves must not be changed in place
 
     def slots(self, name: str) -> None:
-        """Keep what an output projection is given, and cut off what it makes."""
+        """Keep the input of an output projection, and detach its output."""
         module = self._new(name, "slots")
         if module is not None:
             self._before(module, lambda args, kwargs: self._slots(name, _first(args, kwargs)))
@@ -205,9 +206,9 @@ class _Hooks:
         if tensor is not None:
             self.recorded.slots[name, self._visit(name, "slots")] = tensor
 
-    def straight(self, name: str) -> None:
-        """Let gradients pass a norm as if it were not there: it may tie all heads, which is no part of the question."""
-        module = self._new(name, "straight")
+    def identity_gradient(self, name: str) -> None:
+        """Make the gradient of a norm the identity: through a norm over all heads each head depends on all others."""
+        module = self._new(name, "identity gradient")
 
         def meet(args: tuple, output: Any) -> Any:
             before = _tensor(args)
@@ -219,7 +220,7 @@ class _Hooks:
             self._after(module, meet)
 
     def pattern(self, name: str) -> None:
-        """Keep what an attention module returns."""
+        """Keep the output of an attention module."""
         module = self._new(name, "pattern")
         if module is not None:
             self._after(module, lambda _, output: self._pattern(name, output))
@@ -228,7 +229,7 @@ class _Hooks:
         self.recorded.patterns[name, self._visit(name, "pattern")] = output
 
     def write(self, block: Block, written: Written) -> None:
-        """Change the stream between attention and MLP as a replay would, and keep what stands there then."""
+        """Change the stream between attention and MLP, as a replay would, and keep the new value."""
         if block.mid is None:
             return
         name, end = block.mid
@@ -271,7 +272,7 @@ def _first(args: tuple, kwargs: dict) -> Any:
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """The tensor that a site without an element number means."""
+    """The tensor of a value: the first element of a container; None if there is none."""
     try:
         return wire.unpack(value, None)
     except (ValueError, IndexError, TypeError, StopIteration):

@@ -1,4 +1,4 @@
-"""The promises of each kind of site, and the results of measuring them."""
+"""The promise of each kind of site, and the result of measuring it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ PromiseKind = Literal[
     "experts",
 ]
 
-#: What closures call the tower of cross-attention: its layers are the decoder's.
+#: The tower name of closures of cross-attention, which is part of the decoder's layers.
 CROSS = "cross"
 
-#: PromiseKind -> how a message calls its sites, and what they promise.
+#: The gap of a promise that could not be measured.
+UNMEASURED = float("inf")
+
+#: The sites of each kind, as a message names them, and their promise.
 PROMISES: dict[PromiseKind, tuple[str, str]] = {
     "stream": (
         ".input and .output",
@@ -62,26 +65,26 @@ PROMISES: dict[PromiseKind, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Closure:
-    """One promise of one layer, measured."""
+    """The measurement of one promise in one layer."""
 
     kind: PromiseKind
     tower: str
     layer: int
-    #: By how much it is missed, relative to the size of what was added; infinite where there is nothing to compare.
+    #: How far the promise is from holding, relative to the compared values; `UNMEASURED` if nothing could be compared.
     gap: float
-    #: What rounding may do.
+    #: The gap that rounding may cause.
     allowed: float
-    #: What was compared, or why nothing could be.
+    #: What was found, for a message.
     found: str = ""
 
     @property
     def holds(self) -> bool:
-        """Whether the promise is kept."""
+        """Whether the promise holds."""
         return self.gap <= self.allowed
 
 
 def kind_of(path: Path) -> PromiseKind | None:
-    """The kind of an expanded path; None for a native one and for sites that are what their module's name says."""
+    """The kind of an expanded path; None for paths that promise nothing but their module."""
     names = [step.name for step in path.steps]
     if path.native or names[0] not in ("layers", "embed"):
         return None
@@ -89,7 +92,7 @@ def kind_of(path: Path) -> PromiseKind | None:
         return "mid" if path.value == "mid" else "stream"
     match names[-1].removeprefix("cross."), path.value or "output":
         case "heads", "pattern":
-            # What is written in its place, and what that is made of, are sites of another kind.
+            # A written pattern is expanded to other sites, which promise more.
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
         case "heads" | "groups" as part, "output":
             return "heads" if part == "heads" else None
@@ -104,33 +107,33 @@ def kind_of(path: Path) -> PromiseKind | None:
 
 
 def gap(terms: list[Tensor], total: Tensor) -> float:
-    """The largest difference between a sum and what it should be, each number relative to the sizes of its terms.
+    """The largest difference between the sum of terms and a total, each number relative to the sizes of its terms.
 
-    Rounding is bounded by these sizes, number by number, so a small branch beside a large stream is measured as well.
+    Rounding is bounded by these sizes, number by number, so a small branch next to a large stream is measured as well.
     """
     if any(term.numel() != total.numel() for term in terms):
-        return float("inf")
-    expected = _wide(total)
-    parts = [_wide(term).reshape(expected.shape) for term in terms]
+        return UNMEASURED
+    expected = _float64(total)
+    parts = [_float64(term).reshape(expected.shape) for term in terms]
     size = sum((part.abs() for part in parts), expected.abs())
     return largest((sum(parts) - expected).abs(), size)
 
 
 def largest(difference: Tensor, size: Tensor) -> float:
-    """The largest quotient, where nothing over nothing is nothing."""
+    """The largest quotient, where 0 / 0 is 0 and NaN is infinite."""
     share = difference / size.clamp_min(torch.finfo(size.dtype).tiny)
     return float(share.nan_to_num(float("inf")).max()) if share.numel() else 0.0
 
 
 def tolerance(*tensors: Tensor, computed: bool = False) -> float:
-    """What rounding may do to a sum of these, relative to their sizes.
+    """The rounding error of a sum of these tensors, relative to their sizes.
 
     Args:
-        computed: products were taken again, in an order that may be another: half of the digits.
+        computed: values were computed again, possibly in another order: half of the digits.
     """
     eps = max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=2.0**-52)
     return max(eps**0.5 if computed else 4 * eps, 1e-10)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
