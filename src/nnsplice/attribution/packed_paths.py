@@ -1,9 +1,10 @@
-"""Path patches as rows of the packed engine: the receivers' inputs with a sender's change, and the runs with them.
+"""Path patching as rows of the packed engine, in two runs.
 
-Nothing runs between a sender and its receivers, as every branch there is frozen; and the second run begins at the
-receivers. A receiver that is the end of the stream needs no second run.
+The first run has the sender patched and all other branches frozen, and gives the receivers' inputs (`run_frozen`); no
+block runs between a sender and its receivers. The second run starts at the receivers, with these inputs written. A
+receiver at the end of the stream needs no second run.
 
-Whether that is right for the model at hand is tried on a few cells of the job, beside the three runs of the literature.
+A trial compares this with the three full runs of the literature on a few cells of the plan.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ PACKED = "packed paths"
 
 @dataclass(frozen=True)
 class PackedPaths:
-    """Jobs -> the metric of each, and the cost."""
+    """Runs jobs of path patching: the metric of each, and the cost."""
 
     branches: Branches
-    #: For each target of the plan.
+    #: The receivers of each target of the plan.
     receivers: Sequence[Sequence[Path]]
-    #: When each site is reached.
+    #: The place of each site in the order of execution.
     rank: Mapping[Path, engine.Rank]
 
     def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
@@ -75,7 +76,7 @@ class PackedPaths:
         return values, cost + head
 
     def _frozen_row(self, work: Work, job: Job, branches: Mapping[ModelBranch, FrozenBranch]) -> FrozenRow:
-        """The sender's row, with its receivers' inputs."""
+        """The row of the first run: the sender patched, its receivers' inputs read."""
         plan, prompt = work.plan, job[0]
         row = row_of(work, job)
         inside = [self.branches.of(place) for place in plan.targets[job[1]].places]
@@ -100,31 +101,34 @@ class PackedPaths:
 
 # --- whether it is right ----------------------------------------------------------------------------------------------
 
-#: Results of trials, by model and question: the attention of packed rows, or the reason not to use them.
+#: Results of trials, by model, `probe_key` and receivers.
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _TrialResult]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class _TrialResult:
+    #: The way of the recording (`packed.recording.WAYS`); None if packed rows are not used.
     way: str | None
+    #: Why they are not used.
     refused: str
+    #: The length of the longest prompt that was tried.
     longest: int
-    #: A note about numbers in half precision.
-    rough: str = ""
+    #: A note about rounding in half precision.
+    rounding: str = ""
 
 
 @dataclass(frozen=True)
 class PathExecution:
-    """The execution of a plan's paths, which parts of the plan use without a trial."""
+    """How to run the paths of a plan: the result of a trial, for its units."""
 
     packed: bool
-    #: How packed rows come by their attention.
+    #: The way of the recording that packed rows start from: one of `packed.recording.WAYS`.
     attention: str | None = None
     note: str = ""
 
 
 def path_execution(plan: Plan, model: engine.Model, executor: Executor, at_once: int) -> PathExecution:
-    """The way of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
+    """How all units of a plan run, from a trial on its longest and its shortest prompt."""
     prompts = plan.jobs.prompts
     if not prompts or executor.choose is None:
         return PathExecution(False)
@@ -137,43 +141,43 @@ def path_execution(plan: Plan, model: engine.Model, executor: Executor, at_once:
     return PathExecution(found.name == PACKED, work.memo.get("way"), note)
 
 
-def handed(work: Work, way: PathExecution, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
-    """The remembered answer of `chosen`, if there is one."""
-    if not way.packed:
-        return slow, way.note, Cost()
-    work.memo["way"] = way.attention
-    return Executor(paths, whole_prompts, mixed=True, name=PACKED), way.note, Cost()
+def remembered(work: Work, execution: PathExecution, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
+    """As `chosen`, with the result of an earlier trial."""
+    if not execution.packed:
+        return slow, execution.note, Cost()
+    work.memo["way"] = execution.attention
+    return Executor(paths, whole_prompts, mixed=True, name=PACKED), execution.note, Cost()
 
 
 def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
-    """Packed rows if they agree with the slow executor on a few cells, else that; the reason, and the trial's cost."""
+    """The packed executor if it agrees with the slow one on a few cells, else that one; a note; the trial's cost."""
     fast = Executor(paths, whole_prompts, mixed=True, name=PACKED)
     if not work.plan.jobs:
         return slow, "", Cost()
     known = _trusted.setdefault(unwrap(work.model), {})
     sites = frozenset(path.site for each in paths.receivers for path in each)
-    asked, longest, cost = (probe_key(work), sites), longest_prompt(work), Cost()
-    # What code of the user's does may depend on its variables, so that it is tried anew.
+    key, longest, cost = (probe_key(work), sites), longest_prompt(work), Cost()
+    # The effect of a user's hook may depend on variables, so nothing is remembered.
     own = engine.has_own_code(unwrap(work.model).modules())
-    if own or asked not in known or known[asked].longest < longest:
-        known[asked], cost = _tried(work, fast, slow, longest)
-    answer = known[asked]
+    if own or key not in known or known[key].longest < longest:
+        known[key], cost = _trial(work, fast, slow, longest)
+    answer = known[key]
     if answer.way is None:
-        return slow, "; ".join(filter(None, (f"not packed: {answer.refused}", answer.rough))), cost
+        return slow, "; ".join(filter(None, (f"not packed: {answer.refused}", answer.rounding))), cost
     work.memo["way"] = answer.way
-    return fast, answer.rough, cost
+    return fast, answer.rounding, cost
 
 
-def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_TrialResult, Cost]:
+def _trial(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_TrialResult, Cost]:
     jobs = probe_cells(work)
     size = 0.0
 
-    def pointing(logits: Tensor) -> Tensor:
+    def direction_of(logits: Tensor) -> Tensor:
         nonlocal size
         size = max(size, float(logits.abs().max()))
         return direction(logits)
 
-    metric = replace(work.plan.metric.metric, name="logits", rule=pointing, answers={}, compares=False, local=False)
+    metric = replace(work.plan.metric.metric, name="logits", rule=direction_of, answers={}, compares=False, local=False)
     probe = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))), memo={})
     one_by_one: list[float] = []
     cost, refused = Cost(), ""
@@ -194,20 +198,20 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_T
         cost += spent
         apart = max(abs(a - b) for a, b in zip(values, one_by_one, strict=True))
         if apart <= tolerance(work):
-            rough, spent = _rough(work, fast, slow, jobs, way, size)
-            return _TrialResult(way, "", longest, rough), cost + spent
+            rounding, spent = _rounding_of(work, fast, slow, jobs, way, size)
+            return _TrialResult(way, "", longest, rounding), cost + spent
         refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
-    rough, spent = _rough(work, None, slow, jobs, None, size)
-    return _TrialResult(None, refused, longest, rough), cost + spent
+    rounding, spent = _rounding_of(work, None, slow, jobs, None, size)
+    return _TrialResult(None, refused, longest, rounding), cost + spent
 
 
-def _rough(
+def _rounding_of(
     work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job], way: str | None, size: float
 ) -> tuple[str, Cost]:
-    """The rounding of half precision in the metric: cells run together compared with one run per cell.
+    """The note about rounding in half precision, from cells run together and one by one; and the cost.
 
     Args:
-        size: the size of the cells' logits.
+        size: the largest logit of the cells.
     """
     if dtype_of(work) not in HALF_PRECISION:
         return "", Cost()

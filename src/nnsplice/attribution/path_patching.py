@@ -21,7 +21,7 @@ from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.packed_paths import PackedPaths, PathExecution, chosen, handed
+from nnsplice.attribution.packed_paths import PackedPaths, PathExecution, chosen, remembered
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
@@ -195,19 +195,19 @@ class ReceiversBySender:
     def executor(self) -> Executor:
         """The executor for sweeps: packed rows if they agree with the three runs here, else these runs."""
         return Executor(
-            self.run, self._tokens, name="paths", choose=lambda work: chosen(work, self._packed, self._alone)
+            self.run, self._tokens, name="paths", choose=lambda work: chosen(work, self._packed, self._three_runs)
         )
 
-    def agreed(self, way: PathExecution) -> Executor:
+    def agreed(self, execution: PathExecution) -> Executor:
         """The executor that was chosen for the whole plan, for one of its parts."""
-        return replace(self.executor, choose=lambda work: handed(work, way, self._packed, self._alone))
+        return replace(self.executor, choose=lambda work: remembered(work, execution, self._packed, self._three_runs))
 
     @property
     def _packed(self) -> PackedPaths:
         return PackedPaths(self.branches, self.receivers, self.rank)
 
     @property
-    def _alone(self) -> Executor:
+    def _three_runs(self) -> Executor:
         return Executor(self.run, self._tokens, name="paths")
 
     @staticmethod
