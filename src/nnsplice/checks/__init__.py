@@ -1,11 +1,11 @@
 """Checks: the sites of a model, and tests that nnsplice's promises hold on it.
 
-outline     the sites of a model as plain data, read without running it
-finding     what a check found, the model it looks at, and the sum of many findings
-structure   are the parts recognised, does every site fire
-replay      does a run stay what it is when its own pieces are written into it, and only then
-streams     do heads make what attention adds; do patches stay causal; does padding stay outside
-run         all of them, in order
+outline     the sites of a model as plain data, without running it
+finding     the result of a check, the model under check, and summaries
+structure   the parts are recognised, and every site fires
+replay      writing a run's own values changes nothing, and other values something
+streams     heads add up to the attention's output; patches are causal; padding has no effect
+run         all checks, in order
 """
 
 from nnsplice.checks.finding import Finding as Finding
@@ -21,7 +21,7 @@ from nnsplice.checks.outline import outline as outline
 from nnsplice.checks.run import CHECKS as CHECKS
 from nnsplice.checks.run import run_checks as run_checks
 
-#: What users need of it; the rest is for the commands that show it.
+#: The public names; the other imports are for the commands.
 __all__ = ["Finding", "outline", "run_checks", "summary"]
 
 

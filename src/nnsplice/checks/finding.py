@@ -1,4 +1,4 @@
-"""Findings of checks, the model that they are about, and their summary."""
+"""Findings of checks, the model under check, and summaries."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nnsplice.paths import Index, Path, Slice
 
 State = Literal["ok", "FAILED", "skipped"]
 
-#: Two prompts of so many tokens, and for a second tower so many others; a short prompt is half of a long one.
+#: The length of the prompts, and of the decoder's prompts in models with two towers; a short prompt is half as long.
 TOKENS, DECODER_TOKENS = 6, 5
 PROMPTS = 2
-#: Parts that are too many to look at each.
+#: Parts of which only a sample is checked.
 SAMPLED = ("neurons", "experts")
 
 
@@ -52,10 +52,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under check, with what every check needs of it."""
+    """A model under check, with its inputs."""
 
     model: engine.Model
-    #: By tower, the layers to look at.
+    #: The layers to check, by tower.
     layers: Mapping[str, tuple[int, ...]]
     #: Token ids of two prompts of one length, as the model's forward takes them.
     inputs: Mapping[str, Tensor]
@@ -67,24 +67,24 @@ class Subject:
 
     @property
     def atlas(self) -> Atlas:
-        """Where it keeps its parts."""
+        """The atlas of the model."""
         return Atlas.of(self.model)
 
     @cached_property
     def tolerance(self) -> float:
-        """What rounding may do to a number, relative to the largest beside it, when a sum runs in another order.
+        """The allowed relative difference of two computations in another order: half of the digits.
 
-        Half of the digits; of float32's at best, as families compute norms and masks in float32 whatever the model is.
+        Of float32 at best, as many families compute norms and masks in float32 whatever the dtype of the model.
         """
         dtypes = {parameter.dtype for parameter in self.root.parameters() if parameter.is_floating_point()}
         return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32)) ** 0.5
 
     @cached_property
     def logits(self) -> Tensor:
-        """`[prompt, token, vocab]` of the plain module's own call, without nnsight and nnsplice.
+        """The logits `[prompt, token, vocab]` of the plain module, without nnsight and nnsplice.
 
         Raises:
-            RefusedPlace: the model answers with something else.
+            RefusedPlace: the model does not return logits of this shape.
         """
         with torch.no_grad():
             found = getattr(self.root(**self.inputs), "logits", None)
@@ -93,13 +93,13 @@ class Subject:
         return found
 
     def towers(self) -> Iterator[tuple[Tower, tuple[int, ...]]]:
-        """Each tower with the layers to look at."""
+        """Each tower with the layers to check."""
         for tower in self.atlas.towers.values():
             yield tower, self.layers[tower.name]
 
     @cached_property
     def causal(self) -> bool:
-        """Whether a token of the decoder reads the ones before it only."""
+        """Whether decoder tokens depend only on earlier ones."""
         if engine.is_encoder_decoder(self.model):
             return True
         names = [block.attn for block in self.atlas.tower().blocks if block.attn]
@@ -111,8 +111,8 @@ def subject_of(model: Any, layers: Slice | tuple[int, ...] | int | None = None, 
     """A model under check, with random prompts.
 
     Args:
-        layers: which layers to look at; None for all.
-        seed: which random tokens the prompts are made of.
+        layers: the layers to check; None for all.
+        seed: the seed of the random prompts.
     """
     model = engine.as_model(model)
     root = unwrap(model)
@@ -138,7 +138,7 @@ def _inputs(model: engine.Model, atlas: Atlas, seed: int) -> dict[str, Tensor]:
     pool = torch.tensor([token for token in range(size) if token not in special] or [0])
     generator = torch.Generator().manual_seed(seed)
     needed = PROMPTS * (TOKENS + DECODER_TOKENS)
-    # Different tokens, where there are enough of them: among equal ones a misplaced value goes unnoticed.
+    # All tokens differ if the vocabulary is large enough, so that a value of another token is noticed.
     drawn = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(1 + needed // len(pool))])
     ids = pool[drawn[:needed]].to(model.device)
     first = ids[: PROMPTS * TOKENS].reshape(PROMPTS, TOKENS)
@@ -157,7 +157,7 @@ def _vocabulary(model: engine.Model, atlas: Atlas) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CheckedValue:
-    """One value of one part, in all layers that have it."""
+    """A value of a site in all layers that have it."""
 
     tower: str
     names: tuple[str, ...]
@@ -166,17 +166,17 @@ class CheckedValue:
 
     @property
     def role(self) -> str:
-        """The last name of the site."""
+        """The role: the last name of the site."""
         return self.names[-1] if self.names else "layers"
 
     @property
     def everything(self) -> bool:
-        """Whether the path means all of the value, and not a sample of it."""
+        """Whether the path covers all of the value, and not a sample of neurons or experts."""
         return self.role not in SAMPLED
 
 
 def kinds(subject: Subject) -> Iterator[CheckedValue]:
-    """Every portable site that is not refused; of neurons and experts, which are many, the first and the last."""
+    """All portable sites that are not refused; of neurons and experts only the first and the last."""
     for tower in outline(subject.atlas):
         for group, parts in _groups(tower, subject.layers[tower.name]):
             for part in parts:
@@ -198,7 +198,7 @@ def _groups(tower: Outline, wanted: tuple[int, ...]) -> Iterator[tuple[Index | N
 
 
 def _as_index(numbers: tuple[int, ...], total: int) -> Index:
-    """Numbers as the shortest index that means them."""
+    """The shortest index with these numbers."""
     first, last = numbers[0], numbers[-1]
     if len(numbers) == total:
         return Slice()
@@ -208,7 +208,7 @@ def _as_index(numbers: tuple[int, ...], total: int) -> Index:
 
 
 def gap(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest number that was expected; 0 for equal bits."""
+    """The largest difference, relative to the largest expected number; 0 if bit-identical."""
     if found.shape != expected.shape:
         return float("inf")
     if torch.equal(found, expected):
@@ -218,10 +218,10 @@ def gap(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp_min(1e-30))
 
 
-def attempt(check: str, what: str, look: Callable[[], Finding]) -> Finding:
-    """A look that may end in an error. A refusal is no fault of the model; whatever else it meets is a finding."""
+def attempt(check: str, what: str, check_part: Callable[[], Finding]) -> Finding:
+    """Run a check of one part. If the site is refused the check is skipped; any other error is a failure."""
     try:
-        return look()
+        return check_part()
     except RefusedPlace as error:
         return Finding(check, what, "skipped", detail=re.sub(r"\blayer \d+\b", "the layer", reason_of(error)))
     except Exception as error:
@@ -229,7 +229,7 @@ def attempt(check: str, what: str, look: Callable[[], Finding]) -> Finding:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line, without its advice."""
+    """The first line of an error."""
     text = str(error).strip().partition("\n")[0]
     return text if isinstance(error, NnspliceError) else f"{type(error).__name__}: {text}"
 
@@ -249,8 +249,8 @@ def summary(findings: Iterable[Finding]) -> list[Finding]:
     """
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for number, finding in enumerate(findings):
-        alone = str(number) if finding.state == "FAILED" else ""
-        groups.setdefault((finding.check, finding.state, finding.detail, alone), []).append(finding)
+        separate = str(number) if finding.state == "FAILED" else ""
+        groups.setdefault((finding.check, finding.state, finding.detail, separate), []).append(finding)
     return [_merged(group) for group in groups.values()]
 
 

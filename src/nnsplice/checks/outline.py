@@ -1,8 +1,7 @@
-"""The sites of a model by its atlas, without a forward pass.
+"""`outline`: the sites of a model from its atlas, without a forward pass.
 
-The words come from the language's own tables, so a site that the language learns is listed here too. A site that does
-not exist in a model (the gate of an MLP without one) is left out; one that has no honest value is kept, with the reason
-why it is refused.
+The names come from the tables of the address language, so new sites are listed automatically. Sites that a model does
+not have (the gate of an MLP without one) are left out; sites without an exact value are listed with the reason.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from nnsplice.atlas.sites import count
 from nnsplice.errors import RefusedPlace, UnknownPath
 from nnsplice.paths import Index, Path, Step
 
-#: What a part of a layer has inside.
+#: The parts of each part of a layer.
 _INSIDE = {"attn": INSIDE_ATTN, "cross": INSIDE_ATTN, "mlp": INSIDE_MLP}
-#: What may follow `layers[i]`: nothing, a part, a part of that.
+#: The names that may follow `layers[i]`: none, a part, a part of a part.
 IN_LAYER: tuple[tuple[str, ...], ...] = (
     (),
     *(names for part in INSIDE_LAYER for names in ((part,), *((part, inner) for inner in _INSIDE.get(part, ())))),
 )
-#: What stands before and after the layers.
+#: The sites before and after the layers.
 BEFORE, AFTER = (("embed",),), (("final_norm",), ("unembed",))
-#: Sites that are the output of one matrix; the others are as wide as the residual stream.
+#: Sites that are the output of one matrix; all others have the width of the residual stream.
 _PROJECTIONS = frozenset((*INSIDE_ATTN, *INSIDE_MLP, "unembed"))
 
 
@@ -34,9 +33,9 @@ class OutlineValue:
     """One value of a site."""
 
     name: str
-    #: Numbers per token; None for an attention pattern, which is as wide as the prompt is long, and where unknown.
+    #: The width; None if unknown, and for an attention pattern, whose width is the length of the prompt.
     width: int | None = None
-    #: Why it is refused; empty where it can be read.
+    #: Why it is refused; empty if it can be read.
     refused: str = ""
 
 
@@ -46,7 +45,7 @@ class OutlinePart:
 
     names: tuple[str, ...]
     values: tuple[OutlineValue, ...]
-    #: How many there are of what is counted: heads, groups, neurons, experts.
+    #: The number of heads, groups, neurons or experts.
     count: int | None = None
 
 
@@ -60,7 +59,7 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """One tower."""
+    """The sites of one tower."""
 
     name: str
     before: tuple[OutlinePart, ...]
@@ -93,7 +92,7 @@ def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
 def _outline(atlas: Atlas, tower: Tower, collapse: bool) -> Outline:
     groups: dict[object, LayerGroup] = {}
     for block in tower.blocks:
-        # Where the mixer is attention, it is listed by that name alone.
+        # A mixer that is attention is listed as `attn` only.
         listed = [names for names in IN_LAYER if names != ("mixer",) or not block.has_attention]
         parts = tuple(_parts(atlas, tower, block, listed))
         key = parts if collapse else block.index
@@ -108,7 +107,7 @@ def place_of(tower: str, names: tuple[str, ...], value: str, layers: Index | Non
 
     Args:
         layers: the layers; None for a part outside of them.
-        inner: which of the heads, groups, neurons or experts, where the part is counted.
+        inner: the index of the head, group, neuron or expert.
     """
     steps = [Step(name, inner if name in COUNTED else None) for name in names]
     front = () if layers is None else (Step("layers", layers),)
@@ -134,7 +133,7 @@ def _count(tower: Tower, block: Block | None, names: tuple[str, ...]) -> int | N
 
 
 def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ...], name: str) -> OutlineValue | None:
-    """A value of a site with its width; None where the model has no such site."""
+    """A value of a site with its width; None if the model has no such site."""
     try:
         (path,) = atlas.expand(place_of(tower.name, names, name, None if block is None else block.index))
     except UnknownPath:
@@ -146,7 +145,7 @@ def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ..
 
 
 def _brief(reason: str, block: Block | None) -> str:
-    """The reason without the number of the layer, so that equal layers have equal reasons."""
+    """A reason without the index of the layer, so that it is the same in equal layers."""
     if block is None:
         return reason
     return (
@@ -168,22 +167,23 @@ def _width(atlas: Atlas, tower: Tower, site: Site, role: str) -> int | None:
 
 
 def stream_width(atlas: Atlas, tower: Tower) -> int | None:
-    """The width of a tower's residual stream: what its attention writes."""
+    """The width of a tower's residual stream, from its output projections."""
     shapes = (atlas.tree.weight(block.o) for block in tower.blocks if block.o is not None)
     return next((shape[0] for shape in shapes if shape), None)
 
 
 def narrow(atlas: Atlas, outlines: Iterable[Outline], path: Path) -> tuple[Outline, ...]:
-    """What of the outlines lies under a portable path.
+    """The parts of outlines under a portable path.
 
     Raises:
-        UnknownPath, PathError: nothing does.
+        UnknownPath: there is no such part.
+        PathError: the path is out of range or refused.
     """
     wanted = atlas.tower(path).name
     names = tuple(step.name for step in path.steps)
     found = tuple(_narrowed(atlas, tower, path, names) for tower in outlines if tower.name == wanted)
     if not any(tower.before or tower.layers or tower.after for tower in found):
-        atlas.expand(path)  # says what is wrong with it
+        atlas.expand(path)  # raises the error of this path
         raise UnknownPath("nothing is here", path=path)
     return found
 

@@ -11,7 +11,7 @@ from nnsplice.checks.finding import CheckedValue, Finding, Subject, attempt, gap
 from nnsplice.checks.structure import require_eager
 from nnsplice.paths import Slice
 
-#: Values that are written through others that are computed from them, so that rounding may show.
+#: Values that are written by changing other values computed from them, so that rounding may show.
 _COMPUTED = ("pattern", "ungated")
 
 
@@ -30,7 +30,7 @@ def _replayed(subject: Subject, kind: CheckedValue) -> Finding:
     allowed = subject.tolerance if kind.value.name in _COMPUTED or kind.role == "experts" else 0.0
     if not number <= allowed:
         return Finding("replay", what, "FAILED", number, "writing a run's own values changes its logits")
-    # Without this a write that does nothing would pass. A sample of neurons or experts may really change nothing.
+    # A write without effect has to fail. Samples of neurons or experts may have no effect.
     if kind.everything:
         other = patched_logits(subject.model, subject.inputs, saved.slice[1, 0], progress=False)
         if torch.equal(other, own):

@@ -41,6 +41,10 @@ def run_checks(model: Any, layers: Slice | tuple[int, ...] | int | None = None, 
 
     Yields:
         Each finding as soon as it is measured.
+
+    Raises:
+        BadArgument: a model in train mode.
+        OutOfRange: a layer that does not exist.
     """
     subject = subject_of(model, layers, seed)
     for name, check in CHECKS.items():
@@ -51,7 +55,7 @@ def run_checks(model: Any, layers: Slice | tuple[int, ...] | int | None = None, 
 
 
 def _guarded(name: str, check: Check, subject: Subject) -> Iterator[Finding]:
-    """A check's findings. A check is there to show what does not work, so whatever it meets is a finding too."""
+    """The findings of a check; an error in the check itself is a failure too."""
     try:
         yield from check(subject)
     except Exception as error:

@@ -15,11 +15,11 @@ from nnsplice.closures import CROSS, PROMISES, Closure, PromiseKind, measure
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path, Slice
 
-# -- what sites promise -----------------------------------------------------------------------------------------------
+# -- promises of sites ------------------------------------------------------------------------------------------------
 
 
 def heads(subject: Subject) -> Iterator[Finding]:
-    """`heads[:].output` through the output projection is what attention adds, and each slice is one head's."""
+    """`heads[:].output` through the output projection is the attention's output, and each slice is one head's."""
     for tower, layers in subject.towers():
         for layer in layers:
             if tower.blocks[layer].o is None:
@@ -29,7 +29,7 @@ def heads(subject: Subject) -> Iterator[Finding]:
 
 
 def promises(subject: Subject) -> Iterator[Finding]:
-    """All other sites are what they are called: the numbers by which captures and patches of them are refused."""
+    """The promises of all other sites hold; captures and patches are refused by the same measurements."""
     yield from _promises(subject, "promises", tuple(kind for kind in PROMISES if kind != "heads"))
 
 
@@ -40,7 +40,7 @@ def _promises(subject: Subject, check: str, kinds: tuple[PromiseKind, ...]) -> I
         if place not in worst or closure.holds < worst[place].holds:
             worst[place] = closure
     for closure in worst.values():
-        # The attention between towers is of the decoder's layers.
+        # Cross-attention is part of the decoder's layers.
         crosses = closure.tower == CROSS
         if closure.layer in subject.layers["decoder" if crosses else closure.tower]:
             of = "encoder." if closure.tower == "encoder" else ""
@@ -78,10 +78,10 @@ def causal(subject: Subject) -> Iterator[Finding]:
 
 
 def _patched(subject: Subject, path: Path, last: bool = False) -> Finding:
-    """Another prompt's value at one token.
+    """Write another prompt's value at one token.
 
     Args:
-        last: no layer follows, so that later tokens stay what they were too.
+        last: whether no layer follows, so that later tokens must not change either.
     """
     at = (DECODER_TOKENS if engine.is_encoder_decoder(subject.model) else TOKENS) // 2
     saved = capture(subject.model, subject.inputs, path.at(at))
@@ -101,18 +101,18 @@ def _patched(subject: Subject, path: Path, last: bool = False) -> Finding:
 
 
 def padding(subject: Subject) -> Iterator[Finding]:
-    """A short prompt in a padded batch holds what it holds alone."""
+    """A short prompt has the same values in a padded batch as by itself."""
     yield attempt("padding", "on the right", lambda: _padded_right(subject))
     yield attempt("padding", "by the tokenizer", lambda: _padded_by_tokenizer(subject))
 
 
 def _padded_right(subject: Subject) -> Finding:
     short = TOKENS // 2
-    together, alone = ({name: ids.clone() for name, ids in subject.inputs.items()} for _ in range(2))
+    together, by_itself = ({name: ids.clone() for name, ids in subject.inputs.items()} for _ in range(2))
     together["attention_mask"][1, short:] = 0
-    together["input_ids"][1, short:] = _pad(subject)
-    alone = {name: ids[1:] if name.startswith("decoder") else ids[1:, :short] for name, ids in alone.items()}
-    return _compared(subject, "on the right", together, alone)
+    together["input_ids"][1, short:] = _pad_token(subject)
+    by_itself = {name: ids[1:] if name.startswith("decoder") else ids[1:, :short] for name, ids in by_itself.items()}
+    return _compared(subject, "on the right", together, by_itself)
 
 
 def _padded_by_tokenizer(subject: Subject) -> Finding:
@@ -129,13 +129,13 @@ def _padded_by_tokenizer(subject: Subject) -> Finding:
     return _compared(subject, f"by the tokenizer, on the {tokenizer.padding_side}", texts, texts[1])
 
 
-def _pad(subject: Subject) -> int:
+def _pad_token(subject: Subject) -> int:
     token = getattr(engine.tokenizer_of(subject.model), "pad_token_id", None)
     return token if isinstance(token, int) else 0
 
 
-def _compared(subject: Subject, what: str, together: Any, alone: Any) -> Finding:
-    """The second row of a padded batch beside the same prompt alone, at its first and its last token."""
+def _compared(subject: Subject, what: str, together: Any, by_itself: Any) -> Finding:
+    """Compare the second row of a padded batch with the same prompt by itself, at its first and last token."""
     paths = [
         place_of(tower.name, (), value, layers).at(position)
         for tower, layers in subject.towers()
@@ -146,7 +146,7 @@ def _compared(subject: Subject, what: str, together: Any, alone: Any) -> Finding
     with torch.no_grad():
         engine.run(subject.model, together, lambda: found.append(save_activations(subject.model, paths)))
     padded = found[0].slice[1]
-    expected = capture(subject.model, alone, paths)
+    expected = capture(subject.model, by_itself, paths)
     number = max(gap(padded[key], expected[key]) for key in expected)
     fine = number <= subject.tolerance
     return Finding("padding", what, "ok" if fine else "FAILED", number, "" if fine else "the values differ")

@@ -12,7 +12,7 @@ from nnsplice.checks.finding import CheckedValue, Finding, Subject, attempt, kin
 from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
 
-#: What the atlas found -> the names under which a config may say the same; the first that is there counts.
+#: For each number of the atlas, the names of the same number in a config; the first name that exists counts.
 CONFIG: dict[str, tuple[str, ...]] = {
     "layers": ("{tower}_layers", "num_{tower}_layers", "num_hidden_layers"),
     "heads": ("{tower}_attention_heads", "num_attention_heads"),
@@ -22,20 +22,20 @@ CONFIG: dict[str, tuple[str, ...]] = {
 
 
 def parts(subject: Subject) -> Iterator[Finding]:
-    """Towers, layers and heads are recognised, and are those that the model's config speaks of."""
-    yield from _another_class(subject)
+    """Towers, layers and heads are recognised, and agree with the model's config."""
+    yield from _check_class(subject)
     subject.atlas.tower()  # raises where nothing was recognised
     for tower, _ in subject.towers():
         yield from _recognised(subject, tower)
 
 
-def _another_class(subject: Subject) -> Iterator[Finding]:
-    """A checkpoint that was read into a class of another shape has new weights, or leaves some out."""
+def _check_class(subject: Subject) -> Iterator[Finding]:
+    """A checkpoint loaded into another class may have new weights, or miss some."""
     import transformers
 
-    said = getattr(getattr(subject.root, "config", None), "architectures", None) or ()
-    # Names of older versions are no classes any more, and say nothing.
-    classes = [name for name in said if hasattr(transformers, name)]
+    from_config = getattr(getattr(subject.root, "config", None), "architectures", None) or ()
+    # Class names of older versions of transformers are ignored.
+    classes = [name for name in from_config if hasattr(transformers, name)]
     found = type(subject.root).__name__
     if classes and found not in classes and hasattr(transformers, found):
         yield Finding("parts", f"read as {found}", "FAILED", detail=f"the checkpoint is a {' or '.join(classes)}")
@@ -53,14 +53,16 @@ def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
         "wide": {stream_width(subject.atlas, tower)},
     }
     texts = [f"{'/'.join(map(str, sorted(filter(None, numbers)))) or 'no'} {what}" for what, numbers in found.items()]
-    # LayerGroup may differ, and a config then says what holds for some of them.
-    said = {what: _said(subject, tower, CONFIG[what]) for what in found}
-    wrong = [f"{number} {what}" for what, number in said.items() if number is not None and number not in found[what]]
+    # Layers may differ, and then the config may be right for some of them only.
+    from_config = {what: _config_number(subject, tower, CONFIG[what]) for what in found}
+    wrong = [
+        f"{number} {what}" for what, number in from_config.items() if number is not None and number not in found[what]
+    ]
     detail = f"the config says {', '.join(wrong)}" if wrong else ""
     yield Finding("parts", f"{tower.name}: {', '.join(texts)}", "FAILED" if wrong else "ok", detail=detail)
 
 
-def _said(subject: Subject, tower: Tower, names: tuple[str, ...]) -> int | None:
+def _config_number(subject: Subject, tower: Tower, names: tuple[str, ...]) -> int | None:
     config: Any = text_config(subject.root)
     if config is None:
         return None
@@ -104,7 +106,7 @@ def _fires(subject: Subject, kind: CheckedValue) -> Finding:
 
 
 def require_eager(subject: Subject, kind: CheckedValue) -> None:
-    """Raise for a pattern where the model never makes one."""
+    """Raise for a pattern if the model's attention returns none."""
     used = engine.attention_of(subject.model)
     if kind.value.name == "pattern" and used not in (None, "eager"):
         raise RefusedPlace(f"{used} attention makes no probabilities; load the model with eager attention")

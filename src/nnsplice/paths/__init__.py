@@ -1,11 +1,12 @@
-"""The address language: text <-> Path. This room knows text only, no model.
+"""The address language: text <-> Path, without a model.
 
-grammar.lark    what a path is
-path.py         Path, the frozen value that a text becomes, and its parts
-parse.py        parse_path: text -> Path
-hooks.py        TransformerLens' hook names, as a table
-mistakes.py     common mistakes and what to write instead, as a table; the rows for portable paths are in
-                mistakes_portable.py, what a row holds in mistake.py
+grammar.lark            the grammar of paths
+path.py                 Path, the frozen value of a text, and its parts
+parse.py                parse_path: text -> Path
+hooks.py                the hook names of TransformerLens, as a table
+mistake.py              one row of the table of common mistakes
+mistakes.py             the table: the mistakes with their messages and corrections
+mistakes_portable.py    its rows for portable paths
 """
 
 from nnsplice.paths.parse import parse_path, reads

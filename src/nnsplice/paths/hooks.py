@@ -4,7 +4,7 @@
     REFUSED     hook name -> why it has no portable site, and what to write instead
     portable    one hook name, with its layer -> portable text
 
-`{n}` stands for the number of the layer. A name that is in neither table is answered with the closest ones.
+`{n}` is the index of the layer. A name in neither table raises an error with the closest names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from nnsplice.errors import PathError, RefusedPlace, closest
 
-#: What each hook means. TransformerLens indexes heads inside a hook; here they belong to the site: `hook_z` is all.
+#: The site of each hook. TransformerLens has an axis for heads within a hook; here heads are sites of their own.
 HOOKS = MappingProxyType(
     {
         "blocks.{n}.hook_resid_pre": "layers[{n}].input",
@@ -35,7 +35,7 @@ HOOKS = MappingProxyType(
 
 
 class Refusal(NamedTuple):
-    """Why a hook has no portable site, and what to write instead (None: nothing comes near)."""
+    """Why a hook has no portable site, and the closest site (None if there is none)."""
 
     reason: str
     write: str | None = None
@@ -47,7 +47,7 @@ _NO_NORM = Refusal(
 )
 _AFTER_ROTARY = Refusal("q and k are read before the rotary embedding here, and this hook stands after it")
 
-#: Hooks that exist in TransformerLens, but whose value no portable site has.
+#: Hooks of TransformerLens whose value no portable site has.
 REFUSED = MappingProxyType(
     {
         "hook_embed": Refusal(

@@ -1,4 +1,4 @@
-"""One row of the table of mistakes, and the patterns that rows share."""
+"""A row of the table of mistakes, and the patterns that rows share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnsplice.errors import PathError
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """One common mistake: how it looks, what is wrong, and what to write instead.
+    """One common mistake: its pattern, its message, and the correction.
 
     >>> from nnsplice.paths.mistake import Mistake
     >>> row = Mistake(r"(?P<place>.*)(?P<at>;)", "a path ends without a semicolon", "{place}", ("embed;",))
@@ -18,24 +18,24 @@ class Mistake:
     'embed'
     """
 
-    #: Matches the whole of a wrong text, in any case. A group `at` sites the caret.
+    #: Matches a whole wrong text, in upper or lower case. The caret is put at the group `at`.
     pattern: str
-    #: What is wrong; may name groups of the pattern, as `{at}`.
+    #: The message; may contain groups of the pattern, such as `{at}`.
     message: str
-    #: What to write instead, from groups of the pattern; several with ` or ` between them; None where nobody can tell.
+    #: The correction, from groups of the pattern, alternatives separated by ` or `; None if there is no obvious one.
     write: str | None
-    #: Texts in which this is the only mistake.
+    #: Examples with this mistake only.
     samples: tuple[str, ...]
     kind: type[PathError] = PathError
     flags: re.RegexFlag = re.IGNORECASE | re.DOTALL
 
     def match(self, text: str) -> re.Match[str] | None:
-        """The match, where a text holds this mistake."""
-        # `re` compiles at the first mistake and remembers; compiling all rows at import would cost every user.
+        """The match of a text with this mistake; None otherwise."""
+        # Compiled by `re` at the first mistake, and cached; compiling all rows at import would slow down every import.
         return re.fullmatch(self.pattern, text, self.flags)
 
 
-#: A bracket without brackets inside.
+#: Brackets without brackets inside.
 BRACKET = r"\[[^\[\]]*\]"
 #: A layer in either spelling.
 LAYER = rf"(?P<layer>(?:(?:encoder|decoder)\.)?(?:layers{BRACKET}|l[0-9]+))"
@@ -43,5 +43,5 @@ LAYER = rf"(?P<layer>(?:(?:encoder|decoder)\.)?(?:layers{BRACKET}|l[0-9]+))"
 TAIL = r"(?P<after>(?:[.\[].*)?)"
 #: A position or nothing.
 POSITION = r"(?P<after>(?:\[.*)?)"
-#: The roles that need an index.
+#: Roles that take an index.
 COUNTED = "layers|heads|groups|experts|neurons"

@@ -1,11 +1,11 @@
 """Common mistakes in a path, and what to write instead.
 
-    MISTAKES    one row per mistake; the first row whose pattern matches a wrong text answers it
-    diagnose    wrong text -> error, or None where no row knows the mistake
+    MISTAKES    one row per mistake; the first row whose pattern matches a wrong text gives the error
+    diagnose    wrong text -> error, or None if no row matches
 
-A text comes here only after the grammar has refused it, so a pattern describes the mistake and need not exclude what is
-right. To answer a new mistake, add a row with a sample; a test checks that each sample gets its own row. The rows for
-portable paths are in mistakes_portable.py, what a row holds in mistake.py.
+Only texts that the grammar refuses come here, so patterns need not exclude correct paths. To cover a new mistake, add a
+row with a sample; a test checks that each sample is matched by its own row first. The rows for portable paths are in
+mistakes_portable.py; `Mistake` is in mistake.py.
 """
 
 from __future__ import annotations
@@ -236,23 +236,23 @@ _NATIVE = (
 
 MISTAKES: tuple[Mistake, ...] = _BRACKETS + _NATIVE + SHORT + ROLES + NAMES
 
-#: A text with more mistakes than this gets no line to write instead.
+#: The most mistakes in one text that are corrected.
 _REPAIRS = 4
-#: No path is this long; the patterns' time grows faster than the text.
+#: Longer texts are not matched, as the time of the patterns grows faster than the text.
 _LONGEST = 400
 
 
 def find(text: str) -> tuple[Mistake, re.Match[str]] | None:
-    """The first row that knows a wrong text, with its match."""
+    """The first row that matches a wrong text, with its match; None if no row matches."""
     if len(text) > _LONGEST:
         return None
     return next(((row, match) for row in MISTAKES if (match := row.match(text))), None)
 
 
 def diagnose(text: str, reads: Callable[[str], bool]) -> PathError | None:
-    """The error for a wrong text, or None where no row knows its mistake.
+    """The error for a wrong text; None if no row matches.
 
-    `reads` tells whether a text is a path; only a line that reads is suggested.
+    `reads` tells whether a text is a path: only corrections that are paths are suggested.
 
     >>> from nnsplice.paths import mistakes, reads
     >>> print(mistakes.diagnose("model.h.3.output", reads))
@@ -271,7 +271,7 @@ def diagnose(text: str, reads: Callable[[str], bool]) -> PathError | None:
 
 
 def _repaired(row: Mistake, match: re.Match[str], reads: Callable[[str], bool], left: int = _REPAIRS) -> list[str]:
-    # A text can hold several mistakes: what one row would write goes through the table again until it reads.
+    # A text may have several mistakes, so a correction goes through the table again until it is a path.
     lines: list[str] = []
     for template in (row.write or "").split(" or "):
         line = template.format_map(match.groupdict(""))

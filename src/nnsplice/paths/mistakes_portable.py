@@ -145,7 +145,7 @@ ROLES = (
     ),
 )
 
-#: What people call a role -> the role. Names that a native path begins with are not here.
+#: Other names of a role -> the role; without names that start a native path.
 _ALIASES = {
     "layer": "layers",
     "block": "layers",
@@ -184,8 +184,8 @@ _ALIASES = {
     "resid_post": "output",
 }
 
-#: A text in which each alias is the only mistake.
-_PLACES = {
+#: For each role, a text with an alias as its only mistake.
+_SAMPLES = {
     **dict.fromkeys(("layers",), "{}[0].output"),
     **dict.fromkeys(("heads", "groups", "experts", "neurons"), "layers[5].{}[0]"),
     **dict.fromkeys(("attn", "mixer", "mlp", "mid", "input"), "layers[5].{}"),
@@ -200,7 +200,7 @@ NAMES = tuple(
         rf"(?P<before>(?!model\b)(?:[^\"']*\.)?)(?P<at>{alias}){TAIL}",
         f"{alias} is called {role} here",
         f"{{before}}{role}{{after}}",
-        (_PLACES[role].format(alias),),
+        (_SAMPLES[role].format(alias),),
     )
     for alias, role in _ALIASES.items()
 )

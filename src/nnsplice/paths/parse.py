@@ -1,10 +1,10 @@
 """Text -> Path.
 
-    parse_path      the only door: text or Path in, Path out
+    parse_path      text or Path in, Path out
     reads           whether a text is a path
 
-grammar.lark says what a path is, mistakes.py answers the common mistakes, and hooks.py knows TransformerLens' names.
-Here the grammar's tree is folded into a Path, and an error that no row of mistakes.py knows is put into words.
+The grammar is in grammar.lark, the messages for common mistakes in mistakes.py, the hook names of TransformerLens in
+hooks.py. Here the parse tree becomes a Path, and errors that mistakes.py does not cover get a message.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     Node = Tree[Token]
 
-#: Sweeps go over some ten thousand sites; a Path with its text takes about a kilobyte.
-_REMEMBERED = 32_768
+#: The size of the cache: a sweep may have some ten thousand sites, and a Path with its text takes about a kilobyte.
+_CACHE_SIZE = 32_768
 
 
 def parse_path(text: str | Path) -> Path:
@@ -69,13 +69,13 @@ def reads(text: str) -> bool:
     (True, False)
     """
     try:
-        _fold(_tree(text.strip()))
+        _path_of(_tree(text.strip()))
     except (PathError, _lark_error()):
         return False
     return True
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=_CACHE_SIZE)
 def _parse(text: str) -> Path:
     stripped = text.strip()
     if not stripped:
@@ -85,12 +85,12 @@ def _parse(text: str) -> Path:
     except _lark_error() as error:
         known = mistakes.diagnose(stripped, reads)
         raise (known or _unexpected(stripped, error)) from None
-    return _fold(tree)
+    return _path_of(tree)
 
 
 @cache
 def _parser() -> Lark:
-    # Built at the first path, not at import: the parser generator takes longer than all the rest of this room.
+    # Built at the first path instead of at import, as it is slow.
     from lark import Lark
 
     # lark leaves its options untyped.
@@ -112,12 +112,12 @@ def _lark_error() -> type[UnexpectedInput]:
 
 # ------------------------------------------------------------------------------------------------ tree -> Path
 
-#: A role of the grammar whose terminal is not its name.
+#: The roles of short forms, by their rule in the grammar.
 _SHORT = {"short": "layers", "heads_short": "heads", "groups_short": "groups"}
 
 
-def _fold(tree: Node) -> Path:
-    """Read the flat list of sites, value, item and position that a tree is."""
+def _path_of(tree: Node) -> Path:
+    """The Path of a parse tree, whose children are steps, value, item and position in one flat list."""
     if tree.data == "hook":
         return _hook(tree)
     native = tree.data == "native"
@@ -135,14 +135,14 @@ def _fold(tree: Node) -> Path:
         elif child.data == "sae":
             sae = _sae(child)
         elif child.data == "item":
-            item = _number(_only(child))
+            item = _number(_first_child(child))
         elif child.data == "position":
             position = _position(child)
         elif child.data == "edge":
             *query, seen = cast("list[Node]", child.children)
             position, key = _bracketed(query), _position(seen)
         elif child.data in ("heads", "groups") and steps[-1].name == "cross":
-            # One step, as that of the layer's own attention is.
+            # `cross.heads[i]` is one step, as `heads[i]` is.
             steps[-1] = replace(_step(child, native), name=f"cross.{child.data}")
         elif child.data != "open":
             steps.append(_step(child, native))
@@ -153,7 +153,7 @@ def _fold(tree: Node) -> Path:
 
 def _sae(node: Node) -> Dictionary:
     _, name, part = node.children
-    features = None if isinstance(part, str) else _index(_only(cast("Node", part.children[1])))
+    features = None if isinstance(part, str) else _index(_first_child(cast("Node", part.children[1])))
     return Dictionary(_unquoted(str(name)), features)
 
 
@@ -168,10 +168,10 @@ def _step(node: Node, native: bool) -> Step:
     if node.data in _SHORT:
         return Step(_SHORT[node.data], int(cast("Token", index[0])))
     text = str(name).removeprefix(ATTRIBUTE_PREFIX) if cast("Token", name).type == "ESCAPED" else str(name)
-    return Step(text if native else text.lower(), _index(_only(cast("Node", index[0]))) if index else None)
+    return Step(text if native else text.lower(), _index(_first_child(cast("Node", index[0]))) if index else None)
 
 
-def _only(node: Node) -> Node:
+def _first_child(node: Node) -> Node:
     return cast("Node", node.children[0])
 
 
@@ -182,7 +182,7 @@ def _number(node: Node) -> int:
 def _index(node: Node) -> Index:
     if node.data == "one":
         return _number(node)
-    inner = _only(node)
+    inner = _first_child(node)
     numbers = [None if n is None else int(n) for n in cast("list[Token | None]", inner.children)]
     if inner.data == "slice":
         return Slice(*numbers)
@@ -204,9 +204,9 @@ def _unquoted(text: str) -> str:
     return re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[1]), text[1:-1])
 
 
-# ----------------------------------------------------------------------------------- what no row of mistakes knows
+# ----------------------------------------------------------------------------------------- errors of the grammar
 
-#: The grammar's terminals, in words a user reads in a message.
+#: The terminals of the grammar as words for a message.
 _WORDS: dict[str, tuple[str, ...]] = {
     "STREAM": ("output", "input"),
     "VALUE": ("output", "input"),
@@ -231,14 +231,14 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "SHORT_GROUP": ("g0",),
     "HOOK": ("a hook's name",),
     "$END": ("the end of the path",),
-    # Spellings of a NAME, which is listed already. Every terminal that is not in this table is the name it stands for.
+    # Forms of NAME, which is listed already. A terminal that is not in this table is a literal name.
     "ESCAPED": (),
     "INPUTS": (),
 }
 
 
 def _unexpected(text: str, error: UnexpectedInput) -> PathError:
-    """The error for a text that fails in a way that is not in the table of mistakes."""
+    """The error for a text that no row of the table of mistakes matches."""
     expected = cast("Iterable[str]", getattr(error, "accepts", None) or getattr(error, "allowed", None) or ())
     words = [word for terminal in sorted(expected) for word in _WORDS.get(terminal, (terminal.lower(),))]
     at = error.pos_in_stream

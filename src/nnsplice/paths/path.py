@@ -1,4 +1,4 @@
-"""The value that a path's text becomes: frozen, hashable, printing back to its canonical text."""
+"""`Path`: the value of an address, frozen and hashable; `str` gives its canonical text."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from nnsplice.errors import PathError
 
-#: The names a value can have, in the order of the language's table. `weight` and `bias` are views of parameters.
+#: The names of values, in the order of the documentation's table; `weight` and `bias` are parameters.
 ACTIVATION_VALUES = ("output", "input", "mid", "q", "k", "v", "gate", "ungated", "pattern")
 WEIGHT_VALUES = ("weight", "bias")
 
-#: Names that are a value (or mean one) where a native path ends. An attribute of that name is written with nnsight's
-#: prefix there: `model.bert.encoder.layer[0].attention.E_output` is the module, `...attention.output` is a value.
+#: Names that are values at the end of a native path. A module of that name is written with nnsight's prefix:
+#: `model.bert.encoder.layer[0].attention.E_output` is the module, `...attention.output` the value.
 NATIVE_VALUES = ("input", "inputs", "output", "weight", "bias")
 ATTRIBUTE_PREFIX = "E_"
 
-#: What a backslash and a letter stand for in a span's name; the quotes and the backslash stand for themselves.
+#: Escape sequences in the name of a span: a backslash and one of these letters, a quote or a backslash.
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 _ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", **{control: f"\\{letter}" for letter, control in ESCAPES.items()}})
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A hashable slice (Python 3.11's own is not)."""
+    """A hashable slice (Python's own is not before 3.12)."""
 
     start: int | None = None
     stop: int | None = None
@@ -36,13 +36,13 @@ class Slice:
         return text if self.step is None else f"{text}:{self.step}"
 
     def range(self, length: int) -> range:
-        """The indices it means in a sequence of this length."""
+        """The indices of the slice in a sequence of this length."""
         return range(*slice(self.start, self.stop, self.step).indices(length))
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A named stretch of tokens, or with `token` one token of it (counted inside the span)."""
+    """A named span of tokens, or one token of it (`token`, counted within the span)."""
 
     name: str
     token: int | None = None
@@ -57,12 +57,12 @@ Position = int | Slice | tuple[int, ...] | Span
 
 
 def index_text(index: Index | Position) -> str:
-    """What stands between the brackets."""
+    """The text between the brackets."""
     return ",".join(map(str, index)) + ("," if len(index) == 1 else "") if isinstance(index, tuple) else str(index)
 
 
 def position_rank(position: Position | None) -> tuple[int | str, ...]:
-    """The order of positions of one site: none, from the start, from the end, slices and lists, spans."""
+    """A sort key for positions of one site: none, from the start, from the end, slices and lists, spans."""
     if position is None:
         return (0,)
     if isinstance(position, int):
@@ -74,7 +74,7 @@ def position_rank(position: Position | None) -> tuple[int | str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One name of a path with what stands in the brackets after it."""
+    """One name of a path with its index, if there is one."""
 
     name: str
     index: Index | None = None
@@ -85,10 +85,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """Part of an SAE that is attached to a site, by its name: some of its features, or what they leave out."""
+    """A part of a named SAE that is attached to a site: some of its features, or its reconstruction error."""
 
     name: str
-    #: Which features; None for the error.
+    #: The features; None for the error.
     features: Index | None = None
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ class Path:
         if self.sae is not None:
             names.append(str(self.sae))
         brackets = "".join(f"[{index_text(i)}]" for i in (self.item, self.position, self.key) if i is not None)
-        # One bracket alone is a position, so an item without one says that the position is open.
+        # A single bracket is read as a position, so an item without a position is followed by `[]`.
         return ".".join(names) + brackets + ("[]" if self.item is not None and self.position is None else "")
 
     @cached_property
@@ -171,7 +171,7 @@ class Path:
         return self._hash
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Without the cached text and hash: str hashes differ between processes.
+        # Pickled without the cached text and hash, as hashes of strings differ between processes.
         parts = (self.steps, self.native, self.tower, self.value, self.item, self.position, self.key, self.sae)
         return (Path, (*parts, self.site))
 
@@ -218,5 +218,5 @@ class Path:
         return replace(self, position=position, value=self.value or "output")
 
 
-#: What paths may be given as: one or several, as text or parsed.
+#: One path or several, as text or parsed.
 Paths = str | Path | Iterable[str | Path]

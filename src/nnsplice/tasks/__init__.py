@@ -1,9 +1,9 @@
 """Tasks: pairs of prompts with answers, spans and variables, made for the user's own tokenizer.
 
-task            Record, Task: filter, accuracy, and what a sweep takes
-causal_model    CausalModel: a hypothesis about a task, and its counterfactuals
-templates       records from templates, words of one token
-ioi, greater_than, docstring, pronouns, facts, sentiment, mcqa, arithmetic, induction     a task each
+task            Record, Task: prompts, answers and spans for a sweep; filter and accuracy
+causal_model    CausalModel: a hypothesis about a task, for interchange interventions
+templates       records from templates, with words of one token
+ioi, greater_than, docstring, pronouns, facts, sentiment, mcqa, arithmetic, induction     one task each
 """
 
 from nnsplice.tasks.arithmetic import arithmetic

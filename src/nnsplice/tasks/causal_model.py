@@ -1,4 +1,4 @@
-"""A causal model of a task: variables and their mechanisms."""
+"""`CausalModel`: variables of a task with their mechanisms, and counterfactuals."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CausalModel:
     mechanisms: Mapping[str, Callable[..., Any]]
 
     def __post_init__(self) -> None:
-        """Check names, parents and mechanisms."""
+        """Check the names, and that there are no cycles."""
         with circumstances("ns.tasks.CausalModel"):
             for name in self.variables:
                 if (name in self.parents) != (name in self.mechanisms):
@@ -78,8 +78,8 @@ class CausalModel:
                     if parent not in self.variables:
                         raise BadArgument(f"{name!r} follows from {parent!r}, which is no variable")
             if len(self._order()) < len(self.variables):
-                circle = [name for name in self.variables if name not in self._order()]
-                raise BadArgument(f"{', '.join(circle)} follow from each other", expected="no circle")
+                cycle = [name for name in self.variables if name not in self._order()]
+                raise BadArgument(f"{', '.join(cycle)} follow from each other", expected="no circle")
 
     @property
     def inputs(self) -> tuple[str, ...]:

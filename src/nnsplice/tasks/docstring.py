@@ -1,4 +1,4 @@
-"""Docstrings: which parameter is described next."""
+"""Docstring: the parameter that a docstring describes next."""
 
 from __future__ import annotations
 

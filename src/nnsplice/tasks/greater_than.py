@@ -1,4 +1,4 @@
-"""Greater than: something ends in a later year than it began."""
+"""Greater than: the year in which something ends is later than the year in which it began."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Indirect object identification: of two people, who is given something."""
+"""Indirect object identification (IOI): which of two people is given something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gendered pronouns: he or she, by the name."""
+"""Gendered pronoun: he or she, depending on a name."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from nnsplice.warn import warn_caller
 
 #: The number of prompts of one length that run at once.
 _BATCH_SIZE = 32
-#: The text of one token, or of several of which each is right.
+#: The text of one token, or of several tokens that are all right.
 AnswerText = str | tuple[str, ...]
 #: Token spans (start, stop) of one prompt by name.
 TokenSpans = Mapping[str, tuple[int, int]]
@@ -40,7 +40,7 @@ class Record:
         clean: the clean prompt.
         corrupted: the corrupted prompt.
         answer: the answer to the clean prompt.
-        wrong: the wrong answer, which is that to the corrupted prompt.
+        wrong: the wrong answer, which is the answer to the corrupted prompt.
         spans: token spans (start, stop) of the clean prompt by name.
         corrupted_spans: those of the corrupted prompt.
         variables: the values of the task's variables by name.
@@ -57,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Task:
-    """Pairs of prompts with their answers; `len`, indexing and iteration are over records, and a slice is a task.
+    """Pairs of prompts with their answers. It is a sequence of records, and a slice of it is a task.
 
     >>> toy = ns.load("toy")
     >>> task = ns.tasks.ioi(toy, 20).filter(toy)
@@ -71,7 +71,8 @@ class Task:
     Attributes:
         name: the name of the task.
         records: the pairs.
-        opposite: whether the corrupted prompt's answer is the wrong one, or only less certainly the right one.
+        opposite: whether the answer to the corrupted prompt is the wrong one; False if it is just less certain
+            (`greater_than`).
         tried: the number of records before `filter`; None without it.
     """
 
@@ -114,7 +115,7 @@ class Task:
 
     @property
     def wrong(self) -> list[AnswerText]:
-        """The wrong answers, which are those to the corrupted prompts."""
+        """The wrong answers, which are the answers to the corrupted prompts."""
         return [record.wrong for record in self]
 
     @property

@@ -1,4 +1,4 @@
-"""Records from templates, for one tokenizer: words and answers of one token, spans in tokens."""
+"""Records from templates, for one tokenizer: words and answers of one token, and token spans."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ class PromptWriter:
         return cls(tokenizer)
 
     def tokens(self, text: str) -> list[int]:
-        """A prompt's token ids, as a run has them."""
+        """The token ids of a prompt, with special tokens."""
         return list(self.tokenizer(text)["input_ids"])
 
     def continuation(self, prompt: str, text: str) -> list[int] | None:
-        """The token ids of a text after a prompt; None where the prompt would be tokenized differently."""
+        """The token ids of a text after a prompt; None if the text changes the tokens of the prompt."""
         before, both = self.tokens(prompt), self.tokens(prompt + text)
         while before and before[-1] == both[-1] and before[-1] in self.tokenizer.all_special_ids:
-            before, both = before[:-1], both[:-1]  # an end-of-text token is no part of either
+            before, both = before[:-1], both[:-1]  # an end-of-text token that the tokenizer appends to both
         return both[len(before) :] if both[: len(before)] == before else None
 
     def answer(self, prompt: str, word: str, *, space: bool = True) -> str | None:
-        """The text of a word that is one token after a prompt, as a metric takes it; None if it is several tokens."""
+        """The text of a word that is one token after a prompt, for a metric; None if it is several tokens."""
         text = f" {word}" if space else word
         ids = self.continuation(prompt, text)
         if ids is None or len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
@@ -91,11 +91,11 @@ class PromptWriter:
         return None
 
     def words(self, words: Iterable[str]) -> list[str]:
-        """The words that are one token in the middle of a text."""
+        """Those of the words that are one token within a text."""
         return list(_of_one_token(self, tuple(words)))
 
     def is_word(self, word: str) -> bool:
-        """Whether the word is one token on its own, as in a tokenizer of whole words."""
+        """Whether the word by itself is one token, as in word-level tokenizers."""
         ids = list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
         return len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id and self.tokenizer.decode(ids) == word
 
@@ -108,7 +108,7 @@ class PromptWriter:
     def record(
         self, clean: FilledTemplate, corrupted: FilledTemplate, answer: Any, wrong: Any, variables: Mapping[str, Any]
     ) -> Record | None:
-        """A record; None where an answer is not one token, or the prompts differ in length."""
+        """A record; None if an answer is not one token, or the prompts differ in length or have unknown tokens."""
         if not answer or not wrong:
             return None
         ids, other = self.tokens(clean.text), self.tokens(corrupted.text)
@@ -164,7 +164,7 @@ def sampled(words: Sequence[str], rng: random.Random, k: int) -> list[str] | Non
     return rng.sample(words, k) if len(words) >= k else None
 
 
-#: The sections that the docstrings of all tasks have; `{own}` is the description of a task's own arguments.
+#: The sections of the docstrings of all tasks; `{own}` is the description of a task's own arguments.
 _SECTIONS = """
 
 Args:
@@ -176,13 +176,12 @@ Returns:
     The pairs, with answers, spans and variables.
 
 Raises:
-    BadArgument: a value that an argument does not take, a model without a tokenizer that has offsets, or one in which
-        the task has no pairs.
+    BadArgument: an invalid argument, a model without a fast tokenizer, or a tokenizer in which the task has no pairs.
 """
 
 
 def documented(task: F) -> F:
-    """Add the sections that all tasks share to a docstring, which has only the arguments of its own."""
+    """Add the shared sections to the docstring of a task, which describes only the task's own arguments."""
     if task.__doc__:  # `python -OO` removes docstrings
         text, _, own = cleandoc(task.__doc__).partition("\n\nArgs:")
         task.__doc__ = text + _SECTIONS.format(own=own)

@@ -1,13 +1,13 @@
 """Weights by address: select, swap, ablate, freeze, compare.
 
 selecting       select: addresses and names of parameters -> Selection
-masks           create_param_masks: addresses -> {parameter name: bool mask, or None for the whole}
+masks           create_param_masks: addresses -> {parameter name: bool mask, or None for all of it}
 preview         preview_weight_restriction: masks as a tree with bars
 patching        swap, interpolate, ablate: other weights at an address, in a `with` block
 freezing        freeze_except: training of an address only
 changes         diff: the norm of the change from one model to another, by address
-regions         the selected numbers of parameters, read and written in place
-shared_heads    the weights of a head that no other head of its group reads
+regions         the selected parts of parameters, read and written in place
+shared_heads    a head's own weights, without keys and values that its group shares
 """
 
 from nnsplice.atlas import Selection

@@ -1,4 +1,4 @@
-"""How much two models differ, by address."""
+"""`diff`: the norm of the weight change between two models, by address."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nnsplice.weights.shared_heads import shared_groups
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Short forms of `by`.
+#: The short forms of the argument `by`.
 _BY = {"layers": "layers[:]", "heads": "layers[:].heads[:]", "groups": "layers[:].groups[:]"}
 
 
 def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") -> pd.DataFrame:
     """The norm of the weight change from `base` to `tuned`, a row for each address.
 
-    Columns: `norm` of the change (Frobenius, in double precision), `base` the norm of the weights before, `relative`
-    the ratio of the two, `changed` how many numbers differ, and `numel` how many there are.
+    Columns: `norm`, the Frobenius norm of the change; `base`, that of the weights before; `relative`, the ratio of the
+    two; `changed`, the number of elements that differ; and `numel`, the number of elements.
 
     >>> import copy
     >>> tuned = copy.deepcopy(ns.models.unwrap(model))
@@ -82,7 +82,7 @@ def _selections(model: Any, by: Any) -> dict[str, Selection]:
 
 
 def _by_layers(model: Any) -> dict[str, Selection]:
-    """Every parameter once: embedding, layers, final norm, unembedding, and the rest."""
+    """The rows of `by="layers"`: embedding, layers, final norm, unembedding, and the rest; each parameter once."""
     atlas = Atlas.of(model)
     found: dict[str, Selection] = {}
     left = atlas.resolve("full")

@@ -1,10 +1,10 @@
-"""Training that moves a selection and nothing else.
+"""`freeze_except`: training of some weights only.
 
-Masking gradients is not enough: weight decay and momentum move a number whose gradient is zero. So
+Masking gradients is not enough, as weight decay and momentum change weights whose gradient is zero. So
 
-* parameters of which nothing is selected require no gradient and have none, which makes every optimizer pass them over;
-* of parameters that are selected in part, the gradient of the rest is zero (it counts for no clipping and enters no
-  momentum), and after every step of an optimizer the rest is put back to what it was.
+* parameters without a selected part require no gradient and have none, so every optimizer skips them;
+* in parameters that are selected in part, the gradient of the rest is set to zero (so that it has no effect on clipping
+  and momentum), and the rest is restored after every step of an optimizer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     >>> changed[changed.norm > 0].index.tolist()
     ['layers[1].heads[2]']
 
-    An optimizer of all parameters that was made before works as well. At the end of the block, also after an exception,
-    the gradients and `requires_grad` of frozen parameters are restored.
+    An optimizer of all parameters that was made before the block works as well. At the end of the block, also after an
+    exception, the gradients and `requires_grad` of frozen parameters are restored.
 
     Args:
         model: a model from `ns.load`, or a module.

@@ -1,4 +1,4 @@
-"""Addresses -> masks: which numbers of which parameters."""
+"""`create_param_masks`: boolean masks of the parameters of an address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnsplice.atlas import unwrap
 from nnsplice.errors import circumstances
 from nnsplice.weights.selecting import Restriction, names, selection_of
 
-#: Parameter name -> bool mask of its shape, or None for the whole of it. A parameter that is absent is left out.
+#: Parameter name -> bool mask of its shape, or None for all of it. Other parameters are not selected.
 ParamMasks = dict[str, Tensor | None]
 
 
@@ -44,11 +44,11 @@ def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
     with circumstances("ns.weights.create_param_masks"):
         selection = selection_of(model, restriction)
     if isinstance(restriction, str) and restriction.strip().lower() == "full" and isinstance(model, nn.Module):
-        return {name: None for name, _ in model.named_parameters()}  # also what a wrapper adds of its own
+        return {name: None for name, _ in model.named_parameters()}  # including parameters that a wrapper adds
     root, outer = unwrap(model), names(model)
     masks: ParamMasks = {}
     for name in selection:
         device = root.get_parameter(name).device
-        # A mask is read by code that has to see its numbers, also where the model has none yet.
+        # Masks have values also for a model on the meta device.
         masks[outer[name]] = selection.mask(name, None if device.type == "meta" else device)
     return masks

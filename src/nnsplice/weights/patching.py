@@ -1,7 +1,7 @@
-"""Other weights at an address, in a `with` block; afterwards every number is restored bit for bit.
+"""`swap`, `interpolate`, `ablate`: other weights at an address, in a `with` block; restored bit for bit afterwards.
 
-The address of a head means its own weights: keys and values that heads share (grouped queries) stay unless all heads of
-the group are selected, or the group itself (`"l12g0"`).
+The address of a head means its own weights: keys and values shared by a group of heads (grouped-query attention) are
+included only if all heads of the group are selected, or the group itself (`"l12g0"`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nnsplice.weights.regions import Region, Selected, counterpart, regions
 
 #: Any model, wrapped or not.
 M = TypeVar("M")
-#: The numbers of a region, and their replacement.
+#: A function of a region and its current values: the new values.
 Change = Callable[[Region, list[Tensor]], list[Tensor]]
 
 
@@ -158,7 +158,7 @@ _ABLATIONS: Mapping[str, Callable[[list[Tensor]], list[Tensor]]] = {"zero": _zer
 
 @contextmanager
 def _changed(found: list[Region], change: Change) -> Iterator[None]:
-    """Write other numbers into regions, and restore the old ones at the end."""
+    """In this block the regions have other values; the old ones are restored at the end."""
     before = [region.read() for region in found]
     # All values are computed before the first is written, so that an error changes nothing.
     after = [change(region, own) for region, own in zip(found, before, strict=True)]
@@ -181,7 +181,7 @@ def _converted(own: list[Tensor], given: list[Tensor], name: str) -> list[Tensor
 
 
 def _between(own: list[Tensor], given: list[Tensor], share: float) -> list[Tensor]:
-    # Half precision is widened for the sum; `lerp` reaches both ends exactly.
+    # In float32 or better; `lerp` gives both ends exactly.
     wide = torch.promote_types(own[0].dtype, torch.float32)
     return [
         torch.lerp(a.to(wide), b.to(device=a.device, dtype=wide), share).to(a.dtype)

@@ -1,4 +1,4 @@
-"""Masks as a tree with bars, or as plain names."""
+"""`preview_weight_restriction`: masks as a printed tree with bars, or as plain names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nnsplice.weights.masks import ParamMasks
 from nnsplice.weights.selecting import exact
 from nnsplice.weights.shared_heads import notes
 
-#: How many notes are printed below a tree.
+#: The largest number of notes below a tree.
 _NOTES = 3
 
 
@@ -56,12 +56,12 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
         text = "\n".join(shown(name) for name in sorted((row.name for row in rows), key=by_number))
     else:
         text = draw(rows, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-        text += _shared(model, masks)
+        text += _notes_of_shared_heads(model, masks)
     print(text)  # noqa: T201 - prints by design
 
 
-def _shared(model: Any, masks: Mapping[str, Tensor | None]) -> str:
-    """Lines about heads whose keys and values are those of others too."""
+def _notes_of_shared_heads(model: Any, masks: Mapping[str, Tensor | None]) -> str:
+    """Notes about selected keys and values that other heads read too."""
     atlas = Atlas.of(model)
     known = {exact(model, atlas, name): mask for name, mask in masks.items()}
     found = list(notes(atlas, {name: mask for name, mask in known.items() if name is not None}))
@@ -70,7 +70,7 @@ def _shared(model: Any, masks: Mapping[str, Tensor | None]) -> str:
 
 
 def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[ParameterShare]:
-    """The parameters of masks, with the number of selected ones."""
+    """For each mask: the parameter, and how many of its elements are selected."""
     if not isinstance(masks, Mapping):
         raise BadType(
             f"masks is {named(masks)}",
@@ -94,7 +94,7 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[ParameterSha
 
 
 def count(mask: Tensor) -> int:
-    """The number of True; of an expanded mask only its own memory is read."""
+    """The number of True elements; of an expanded mask only the underlying memory is read."""
     times = 1
     for axis, stride in enumerate(mask.stride()):
         if stride == 0 and mask.shape[axis] > 1:

@@ -1,4 +1,4 @@
-"""Regions: the selected numbers of a model's parameters, read and written in place."""
+"""Regions: the selected parts of a model's parameters, read and written in place."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Selected: TypeAlias = "Restriction | Path | Selection | Mapping[str, Tensor | No
 
 @dataclass(frozen=True)
 class Region:
-    """Some numbers of one parameter: all of it, ranges along an axis, or where a mask is true."""
+    """A part of one parameter: all of it (None), ranges along an axis, or the elements of a bool mask."""
 
     name: str
     tensor: nn.Parameter
     part: ParameterSlice | Tensor
 
     def views(self, tensor: Tensor) -> list[Tensor]:
-        """These numbers of a tensor of the parameter's shape; views of it where there is no mask."""
+        """This part of a tensor of the parameter's shape: views, or for a mask a copy."""
         if self.part is None:
             return [tensor]
         if isinstance(self.part, Tensor):
@@ -37,13 +37,12 @@ class Region:
         axis, ranges = self.part
         return [tensor.narrow(axis, start, stop - start) for start, stop in ranges]
 
-    def read(self, tensor: Tensor | None = None) -> list[Tensor]:
-        """A copy of these numbers, of the parameter or of another tensor of its shape."""
-        source = self.tensor if tensor is None else tensor
-        return [view.detach().clone() for view in self.views(source.detach())]
+    def read(self) -> list[Tensor]:
+        """A copy of this part of the parameter."""
+        return [view.clone() for view in self.views(self.tensor.detach())]
 
     def write(self, values: Sequence[Tensor], tensor: Tensor | None = None) -> None:
-        """Write these numbers, of the parameter or of another tensor of its shape."""
+        """Write this part of the parameter, or of another tensor of its shape."""
         target = (self.tensor if tensor is None else tensor).detach()
         with torch.no_grad():
             if isinstance(self.part, Tensor):
@@ -53,7 +52,7 @@ class Region:
                 view.copy_(value)
 
     def rest(self) -> Region | None:
-        """All other numbers of the parameter; None where there are none."""
+        """The rest of the parameter; None if there is none."""
         if isinstance(self.part, Tensor):
             return Region(self.name, self.tensor, ~self.part)
         left = rest_of(self.part, tuple(self.tensor.shape))
@@ -93,7 +92,7 @@ def _refuse_quantised(parameters: Iterable[tuple[str, Any]]) -> None:
     """Raise for a quantised parameter.
 
     Raises:
-        BadArgument: it is packed with scales of its own, or its type is no floating point.
+        BadArgument: it is a tensor subclass with scales, or its dtype is not floating point.
     """
     for name, tensor in parameters:
         packed = hasattr(tensor, "__tensor_flatten__")
@@ -134,13 +133,13 @@ def _check_mask(name: str, mask: Any, tensor: Tensor) -> None:
 
 
 def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, Tensor]:
-    """The tensors of another model by the names of this one.
+    """The tensors of another model for these regions, by parameter name.
 
     Args:
         other: a model of the same shape, wrapped or not, or a mapping from names to tensors.
 
     Raises:
-        BadArgument: the same model, or one that lacks a parameter, shapes it otherwise, or ties others.
+        BadArgument: the same model, or one with other parameters, shapes or ties.
     """
     own = Atlas.of(model).tree
     if isinstance(other, Mapping):
@@ -171,7 +170,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
                     f"{alias} is tied to {first} in this model, and the other model has different weights there",
                     expected="two models that tie the same parameters",
                 )
-    # Tensors that are about to be written are copied first, so that layers of one model can be exchanged.
+    # Tensors that share memory with the written ones are copied first, so that layers of one model can be exchanged.
     written = {region.tensor.untyped_storage()._cdata for region in wanted}
     found = {region.name: held[region.name].detach() for region in wanted}
     return {name: one.clone() if one.untyped_storage()._cdata in written else one for name, one in found.items()}

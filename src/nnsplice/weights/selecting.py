@@ -1,4 +1,4 @@
-"""`select`: addresses, names and lists of them as one selection of a model's weights."""
+"""`select`: the weights of addresses, parameter names, or lists of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nnsplice.atlas import Atlas, Selection, unwrap
-from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
+from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.warn import warn_caller
 from nnsplice.weights import shared_heads
@@ -60,7 +60,7 @@ def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool
     if isinstance(restriction, Selection):
         if own:
             raise BadArgument("a selection is what it is: own=True is for addresses", expected="an address or a list")
-        return _of(Atlas.of(model), restriction)
+        return _checked(Atlas.of(model), restriction)
     if isinstance(restriction, Path):
         atlas = Atlas.of(model)
         found = atlas.resolve(restriction)
@@ -68,8 +68,8 @@ def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool
     return selection_of(model, restriction, own=own)
 
 
-def _of(atlas: Atlas, selection: Selection) -> Selection:
-    """The selection, when it fits the model."""
+def _checked(atlas: Atlas, selection: Selection) -> Selection:
+    """The selection itself, after a check that it fits the model."""
     for name, shape in selection.shapes.items():
         if atlas.tree.params.get(name) != shape:
             found = f"has the shape {list(atlas.tree.params[name])}" if name in atlas.tree.params else "is not there"
@@ -82,12 +82,12 @@ def _of(atlas: Atlas, selection: Selection) -> Selection:
 
 
 def selection_of(model: Any, restriction: Restriction, *, own: bool = False) -> Selection:
-    """The selection that a text or a list of texts means, in the model's order."""
+    """The selection of a text or a list of texts, in the model's order of parameters."""
     atlas = Atlas.of(model)
     texts = list(_texts(restriction))
-    asked = [_one(model, atlas, text) for text in texts]
+    wanted = [_selection_of_text(model, atlas, text) for text in texts]
     _warn_of_towers_and_ties(atlas, texts)
-    return _union(atlas, shared_heads.own_parts(atlas, asked) if own else [selection for _, selection in asked])
+    return _union(atlas, shared_heads.own_parts(atlas, wanted) if own else [selection for _, selection in wanted])
 
 
 def _union(atlas: Atlas, found: list[Selection]) -> Selection:
@@ -116,16 +116,12 @@ def _texts(restriction: Any, inside: bool = False) -> Iterator[str]:
             yield from _texts(one, inside=True)
     else:
         raise BadType(
-            f"a restriction is a str or a list of them, and this is {_a(type(restriction).__name__)}",
+            f"a restriction is a str or a list of them, and this is {named(restriction)}",
             expected='"l5h3" or ["l5h3", "l6 mlp"]',
         )
 
 
-def _a(name: str) -> str:
-    return "None" if name == "NoneType" else f"a {name}"
-
-
-def _one(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
+def _selection_of_text(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
     """The site that a text names, None for a parameter's name, and its weights."""
     params = atlas.tree.params
     name = exact(model, atlas, text)
@@ -140,12 +136,12 @@ def _one(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
     except OutOfRange as error:
         raise OutOfRange(f"{text!r} is out of range: {error}") from None
     except UnknownPath as error:
-        # Of the model's own names one may be mistyped; a site that every model could have is only missing here.
+        # A native path may be mistyped, so the closest names are suggested; a portable one is just not in this model.
         raise (_unknown(atlas, text, error) if path.native else BadArgument(str(error))) from None
 
 
 def exact(model: Any, atlas: Atlas, text: str) -> str | None:
-    """The parameter that a text names exactly, as the model or what it is wrapped in calls it."""
+    """The parameter with exactly this name, in the bare model or in its wrapper; None if there is none."""
     if text in atlas.tree.params:
         return text
     if text in atlas.tree.aliases:
@@ -156,7 +152,7 @@ def exact(model: Any, atlas: Atlas, text: str) -> str | None:
 
 
 def names(model: Any) -> Mapping[str, str]:
-    """Name of a parameter in the bare model -> its name in `model.named_parameters()`, where wrappers add to it."""
+    """Name of a parameter in the bare model -> its name in `model.named_parameters()`, which may have a prefix."""
     root = unwrap(model)
     if model is root or not isinstance(model, nn.Module):
         return {name: name for name in Atlas.of(model).tree.params}

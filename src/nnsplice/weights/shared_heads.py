@@ -1,8 +1,8 @@
-"""The weights of a head that no other head reads, in models where several heads share one key/value head.
+"""A head's own weights in models with grouped-query attention, where several heads share one key/value head.
 
-The mask of such a head includes the shared keys and values (`create_param_masks`), as its output depends on them. But
-to ablate or swap them changes the other heads of the group too. So `swap`, `ablate` and the like take the head's own
-weights (queries, the columns of the output projection, gates, sinks), and the shared ones with the whole group: by its
+The mask of a head includes the shared keys and values (`create_param_masks`), as its output depends on them. But
+changing these affects the other heads of the group too. So `swap`, `ablate` and the like select the head's own weights
+(queries, columns of the output projection, gates, sinks), and the shared ones only with the whole group: by its
 address, or if all of its heads are selected together.
 """
 
@@ -19,19 +19,19 @@ from nnsplice.atlas import Atlas, ParameterSlice, Selection
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path, parse_path
 
-#: A group of heads: the path of its layer, its number, and the value (`None` for all).
+#: A group of heads: the path of its layer, its index, and the value (`q`, `k`, ...; None for all weights).
 _Group = tuple[Path, int, str | None]
 
 
-def own_parts(atlas: Atlas, asked: Sequence[tuple[Path | None, Selection]]) -> list[Selection]:
-    """The weights of some addresses; of heads without the shared ones, unless all heads of the group are selected.
+def own_parts(atlas: Atlas, wanted: Sequence[tuple[Path | None, Selection]]) -> list[Selection]:
+    """The weights of some addresses: for heads without shared ones, unless all heads of the group are selected.
 
     Args:
-        asked: paths with their selections; None instead of a path for the name of a parameter.
+        wanted: paths with their selections; None instead of a path for a parameter name.
     """
     found: list[Selection] = []
     groups: dict[_Group, dict[int, Path]] = {}
-    for path, selection in asked:
+    for path, selection in wanted:
         if path is None or not _of_heads(path):
             found.append(selection)
             continue
@@ -57,23 +57,25 @@ def own_parts(atlas: Atlas, asked: Sequence[tuple[Path | None, Selection]]) -> l
 
 
 def shared(atlas: Atlas, group: _Group) -> Selection:
-    """The weights that every head of a group reads; all of them if a group is one head."""
+    """The weights that all heads of a group read; all its weights if the group is one head."""
     layer, _, value = group
-    return reduce(and_, (atlas.resolve(_head(layer, head, value)) for head in _heads_of(atlas, group)))
+    return reduce(and_, (atlas.resolve(_head_path(layer, head, value)) for head in _heads_of(atlas, group)))
 
 
 def shared_groups(atlas: Atlas, place: Path) -> list[tuple[Path, Selection]]:
     """The groups of several heads that some heads belong to, with the weights that their heads share."""
     found = dict.fromkeys(_group_of(atlas, one)[0] for one in atlas.split(place))
     several = [group for group in found if len(_heads_of(atlas, group)) > 1]
-    return [(_group(layer, number, value), shared(atlas, (layer, number, value))) for layer, number, value in several]
+    return [
+        (_group_path(layer, number, value), shared(atlas, (layer, number, value))) for layer, number, value in several
+    ]
 
 
 def notes(atlas: Atlas, parts: Mapping[str, ParameterSlice | Tensor]) -> Iterator[str]:
-    """A sentence for each group whose keys or values are among these numbers, with some of its heads and not all.
+    """A note for each group whose keys or values are selected together with some, but not all, of its heads.
 
     Args:
-        parts: the model's own name of a parameter -> ranges, a mask, or None for all of it.
+        parts: parameter name -> ranges, a mask, or None for all of it.
     """
     for tower in atlas.towers.values():
         front = f"{tower.name}." if len(atlas.towers) > 1 and tower.name == "encoder" else ""
@@ -82,17 +84,18 @@ def notes(atlas: Atlas, parts: Mapping[str, ParameterSlice | Tensor]) -> Iterato
             if block.n_heads == block.n_kv or all(part is None for n, part in parts.items() if n.startswith(below)):
                 continue
             for number in range(block.n_kv):
-                layer = _layer(front, block.index)
+                layer = parse_path(f"{front}layers[{block.index}]")
                 group = (layer, number, None)
                 common, heads = shared(atlas, group), _heads_of(atlas, group)
-                if not _meets(parts, common):
+                if not _overlaps(parts, common):
                     continue
-                inside = [h for h in heads if _meets(parts, atlas.resolve(_head(layer, h, None)) - common)]
+                inside = [h for h in heads if _overlaps(parts, atlas.resolve(_head_path(layer, h, None)) - common)]
                 if 0 < len(inside) < len(heads):
+                    path = _group_path(layer, number, None)
                     yield (
-                        f"{_group(layer, number, None)} has keys and values that heads {_listed(heads)} read together, "
-                        f"and they are here with {_which(inside)} only; swap, ablate and the like take the address "
-                        f"{_head(layer, inside[0], None)} without them, and {_group(layer, number, None)} whole"
+                        f"{path} has keys and values that heads {_listed(heads)} read together, and they are here with "
+                        f"head{'s' * (len(inside) > 1)} {_listed(inside)} only; swap, ablate and the like take the "
+                        f"address {_head_path(layer, inside[0], None)} without them, and {path} whole"
                     )
 
 
@@ -120,20 +123,16 @@ def _heads_of(atlas: Atlas, group: _Group) -> range:
     return layout.heads_of(number)
 
 
-def _layer(front: str, index: int) -> Path:
-    return parse_path(f"{front}layers[{index}]")
-
-
-def _head(layer: Path, head: int, value: str | None) -> Path:
+def _head_path(layer: Path, head: int, value: str | None) -> Path:
     return replace(layer, steps=(*layer.steps, replace(layer.steps[0], name="heads", index=head)), value=value)
 
 
-def _group(layer: Path, number: int, value: str | None) -> Path:
+def _group_path(layer: Path, number: int, value: str | None) -> Path:
     return replace(layer, steps=(*layer.steps, replace(layer.steps[0], name="groups", index=number)), value=value)
 
 
-def _meets(parts: Mapping[str, ParameterSlice | Tensor], selection: Selection) -> bool:
-    """Whether a selection has any of these numbers."""
+def _overlaps(parts: Mapping[str, ParameterSlice | Tensor], selection: Selection) -> bool:
+    """Whether a selection overlaps these parts."""
     for name in selection:
         if name not in parts:
             continue
@@ -152,7 +151,3 @@ def _meets(parts: Mapping[str, ParameterSlice | Tensor], selection: Selection) -
 def _listed(heads: Sequence[int]) -> str:
     shown = [str(head) for head in heads]
     return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
-
-
-def _which(heads: Sequence[int]) -> str:
-    return f"head{'s' if len(heads) > 1 else ''} {_listed(heads)}"
