@@ -19,7 +19,7 @@ from nnsplice.cli import app
 from nnsplice.errors import BadArgument, FileError, MissingPackage, TeamError
 from nnsplice.work import RunFolder, Worker, status_of
 from nnsplice.work.local import Local
-from nnsplice.work.ray import _HANDED_ON, Ray
+from nnsplice.work.ray import _ENVIRONMENT, Ray
 from nnsplice.work.slurm import Slurm
 from work_payload import alone, bits, written
 
@@ -222,7 +222,7 @@ def test_ray_runs_what_is_in_an_object_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Here the machine has the credentials in its environment, which Ray's own processes began without."""
-    monkeypatch.setattr("nnsplice.work.ray._HANDED_ON", (*_HANDED_ON, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    monkeypatch.setattr("nnsplice.work.ray._ENVIRONMENT", (*_ENVIRONMENT, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
     folder = written(f"{bucket}/run", 10)
     Ray(workers=2).run(folder, False)
     assert bits(folder) == alone(10)

@@ -1,9 +1,9 @@
 """Storage: folders and object stores (`s3://`, `gs://`) with the same operations.
 
-store       the operations, and the store that an address means
+store       the operations, and the store of a path or address
 local       a folder
-cloud       an object store, through obstore; the only file that imports it
-files       single files: written whole, read whole or in ranges
+cloud       object stores, through obstore; the only file that imports it
+files       single files: written atomically, read whole or in ranges
 """
 
 from nnsplice.stores.addresses import is_address

@@ -7,17 +7,17 @@ import re
 
 from nnsplice.errors import BadArgument
 
-#: Stores that refuse a second writer exactly: a put that fails where something is there.
+#: The schemes of stores with conditional puts, which fail if the object exists.
 SCHEMES = ("s3", "gs")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CUT = re.compile(rf"({'|'.join(SCHEMES)}):/[^/]")
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether this is an address of an object store, and no path.
+    """Whether a text is an address of an object store, and not a path.
 
     Raises:
-        BadArgument: an address of another kind, or one that `pathlib` has changed.
+        BadArgument: an address with another scheme, or one that `pathlib` has changed.
     """
     text = os.fspath(path)
     if found := _ADDRESS.match(text):
@@ -37,10 +37,10 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 
 def split(address: str) -> tuple[str, str]:
-    """The bucket (`s3://bucket`) and the prefix.
+    """The bucket (`s3://bucket`) and the prefix of an address.
 
     Raises:
-        BadArgument: there is no bucket, or a part of the path that is empty or goes up.
+        BadArgument: no bucket, or a path with an empty part, `.` or `..`.
     """
     scheme, _, rest = address.partition("://")
     bucket, _, prefix = rest.partition("/")

@@ -1,7 +1,7 @@
 """Object stores, through obstore; the only file that imports it.
 
-A put that fails where something is there is what makes one of several processes the first: for claims, for locks, and
-for what workers agree on. Credentials come from the environment, as obstore reads it (`AWS_ACCESS_KEY_ID`,
+Conditional puts, which fail if the object exists, decide between several processes: for claims, for locks, and for
+values that workers agree on. Credentials come from the environment, as obstore reads it (`AWS_ACCESS_KEY_ID`,
 `AWS_REGION`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...), or from the machine.
 """
 
@@ -21,9 +21,9 @@ from nnsplice.errors import BadArgument, FileError, MissingPackage, StoreError
 from nnsplice.locks import LEASE, Heartbeat, is_gone, this_process
 from nnsplice.stores.addresses import split
 
-#: Seconds between two looks at other processes, and between two writes of a log.
+#: The least seconds between two reads of other processes' files, and between two writes of a log.
 PAUSE = 2.0
-#: Seconds after which the clock of the store is read again.
+#: Seconds after which the store's clock is read again.
 _CLOCK = 300.0
 
 
@@ -32,23 +32,23 @@ class CloudStore:
     """The objects under one prefix of an object store; `Store` documents the methods."""
 
     address: str
-    #: obstore's own.
+    #: The store object of obstore.
     inner: Any = field(repr=False)
     folder: None = None
     pause: float = PAUSE
-    #: Logs of this process, as far as they are written.
+    #: The logs of this process, and those with text that is not uploaded yet.
     _logs: dict[str, str] = field(default_factory=dict, repr=False)
     _unwritten: set[str] = field(default_factory=set, repr=False)
-    #: The store's clock minus the monotonic one of this process, and when that was found out.
+    #: The store's clock minus the monotonic clock of this process, and the monotonic time of that measurement.
     _clock: list[float] = field(default_factory=list, repr=False)
 
     @classmethod
     def open(cls, address: str) -> CloudStore:
-        """The store of an address; nothing is asked of it yet.
+        """The store of an address; no request is sent yet.
 
         Raises:
             MissingPackage: obstore is not installed.
-            BadArgument: no address, or settings of the environment that obstore does not take.
+            BadArgument: an invalid address, or invalid settings in the environment.
         """
         bucket, prefix = split(address)
         url = f"{bucket}/{prefix}" if prefix else bucket
@@ -61,7 +61,7 @@ class CloudStore:
             ) from error
 
     def make(self) -> None:
-        """Find out whether a second writer is refused."""
+        """Check that the store has conditional puts."""
         name = f".first.{uuid.uuid4().hex}"
         try:
             with self._wrapped_errors():
@@ -85,22 +85,22 @@ class CloudStore:
             return bytes(self.inner.get(name).bytes())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file; of an object others see the whole or nothing."""
+        """Write a file; a put is atomic."""
         with self._wrapped_errors():
             self.inner.put(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that is not there; the data have to be those of this caller alone."""
+        """Write a new file; the data must be unique to this caller."""
         if self._created(name, data):
             return True
-        # A put whose answer was lost is sent again, and then finds its own object.
+        # obstore repeats a put whose response was lost, which then finds its own object.
         with suppress(FileNotFoundError):
             return self.read(name) == data
         return False
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write to, whose file is sent when the block ends well."""
+        """A local path to write to; the file is uploaded at the end of the block, unless it raises."""
         with tempfile.TemporaryDirectory(prefix="nnsplice-") as folder:
             path = Path(folder) / name.rpartition("/")[2]
             yield path
@@ -128,13 +128,13 @@ class CloudStore:
         return [path.rpartition("/")[2] for path in paths]
 
     def touch(self, name: str) -> None:
-        """Write the same again, unless another process has written meanwhile."""
+        """Write the same data again, unless another process has written meanwhile."""
         with suppress(FileNotFoundError), self._wrapped_errors():
             found = self.inner.get(name)
             self._replaced(name, bytes(found.bytes()), found.meta)
 
     def age(self, name: str) -> float:
-        """Seconds since it was written; the store counts whole seconds."""
+        """Seconds since the file was written, by the store's clock, which counts whole seconds."""
         last = self._head(name)["last_modified"].timestamp()
         now = time.monotonic()
         if not self._clock or now - self._clock[1] > _CLOCK:
@@ -145,22 +145,22 @@ class CloudStore:
         return self._clock[0] + now - last
 
     def append(self, name: str, text: str) -> None:
-        """Append to a log in memory."""
+        """Append to a log, which `flush` uploads."""
         self._logs[name] = self._logs.get(name, "") + text
         self._unwritten.add(name)
 
     def flush(self) -> None:
-        """Write the logs."""
+        """Upload the logs."""
         while self._unwritten:
             name = self._unwritten.pop()
             self.write(name, self._logs[name].encode())
 
     def lock(self, name: str) -> CloudLock:
-        """Be the only one."""
+        """Take a lock."""
         return CloudLock(self, f"{name}.lock")
 
     def clear(self) -> None:
-        """Remove all that is under the prefix."""
+        """Remove all objects under the prefix."""
         with self._wrapped_errors():
             for some in self.inner.list():
                 self.inner.delete([one["path"] for one in some])
@@ -176,7 +176,7 @@ class CloudStore:
         return True
 
     def _replaced(self, name: str, data: bytes, version: Any) -> bool:
-        """Write, if the file still has this version (e_tag and version of its metadata)."""
+        """Write if the object still has this version; returns whether it was written."""
         from obstore.exceptions import PreconditionError  # pyright: ignore[reportMissingImports]  (an extra)
 
         try:
@@ -192,7 +192,7 @@ class CloudStore:
 
     @contextmanager
     def _wrapped_errors(self) -> Iterator[None]:
-        """Errors of obstore as those of files."""
+        """Raise errors of obstore as errors of files."""
         from obstore.exceptions import (  # pyright: ignore[reportMissingImports]  (an extra)
             AlreadyExistsError,
             BaseError,
@@ -205,50 +205,50 @@ class CloudStore:
                 raise StoreError(
                     f"{self.address} is in a bucket that is not there", expected="one that exists"
                 ) from None
-            raise FileNotFoundError(f"{self.address}: {_first(error)}") from None
+            raise FileNotFoundError(f"{self.address}: {_first_line(error)}") from None
         except AlreadyExistsError as error:
-            raise FileExistsError(f"{self.address}: {_first(error)}") from None
+            raise FileExistsError(f"{self.address}: {_first_line(error)}") from None
         except BaseError as error:
             raise StoreError(
-                f"{self.address} does not answer as it should: {_first(error)}",
+                f"{self.address} does not answer as it should: {_first_line(error)}",
                 expected="credentials, region and address in the environment (AWS_ACCESS_KEY_ID, AWS_REGION, ...)",
             ) from error
 
 
 class CloudLock:
-    """A lock in an object store; `release` gives it back."""
+    """A lock in an object store, until `release`."""
 
     def __init__(self, store: CloudStore, name: str) -> None:
-        """Take the lock, if need be from a process that is gone.
+        """Take the lock, also from a process that is dead.
 
         Raises:
             FileError: another process holds it.
         """
         self._store, self._name = store, name
-        self._words = json.dumps({**this_process(), "lock": uuid.uuid4().hex}).encode()
-        while not store.create(name, self._words):
+        self._content = json.dumps({**this_process(), "lock": uuid.uuid4().hex}).encode()
+        while not store.create(name, self._content):
             try:
                 with store._wrapped_errors():
                     found = store.inner.get(name)
-                words = bytes(found.bytes())
-                if holder := _holder(words, store, name):
+                content = bytes(found.bytes())
+                if holder := _holder(content, store, name):
                     raise FileError(
                         f"{store.at(name.removesuffix('.lock'))} is being written by {holder}",
                         expected="one process at a time",
                     )
             except FileNotFoundError:
-                continue  # given back just now
-            # Of several that judge the same dead lock, one replaces it.
+                continue  # it was released meanwhile
+            # Of several processes that see the dead lock, one replaces it.
             with store._wrapped_errors():
-                if store._replaced(name, self._words, found.meta):
+                if store._replaced(name, self._content, found.meta):
                     break
-        self._beat = Heartbeat(lambda: store.touch(name), LEASE / 12)
+        self._heartbeat = Heartbeat(lambda: store.touch(name), LEASE / 12)
 
     def release(self) -> None:
-        """Let the next one take it."""
-        self._beat.stop()
+        """Release the lock."""
+        self._heartbeat.stop()
         with suppress(FileNotFoundError):
-            if self._store.read(self._name) == self._words:
+            if self._store.read(self._name) == self._content:
                 self._store.remove(self._name)
 
 
@@ -258,14 +258,14 @@ class Ranged:
 
     store: CloudStore
     name: str
-    #: A sparse file of the whole size.
+    #: A local sparse file of the same size.
     local: Path
     size: int
     _stamp: object
 
     @classmethod
     def open(cls, address: str, folder: Path) -> Ranged:
-        """The file of an address; nothing of it is fetched yet."""
+        """The file of an address; no content is fetched yet."""
         parent, _, name = address.rpartition("/")
         store = CloudStore.open(parent)
         try:
@@ -285,7 +285,7 @@ class Ranged:
         self.fetch(8, min(length, self.size - 8))
 
     def fetch(self, start: int, length: int) -> None:
-        """Have these bytes at the path."""
+        """Fetch a range of bytes into the local file."""
         if length <= 0:
             return
         with self.store._wrapped_errors():
@@ -295,15 +295,15 @@ class Ranged:
             file.write(data)
 
     def is_same(self) -> bool:
-        """Whether it is still the file that was opened."""
+        """Whether the object is unchanged since it was opened."""
         head = self.store._head(self.name)
         return (head["e_tag"], head["size"]) == self._stamp
 
 
-def _holder(words: bytes, store: CloudStore, name: str) -> str | None:
-    """The process that holds a lock; None if it is gone."""
+def _holder(content: bytes, store: CloudStore, name: str) -> str | None:
+    """The process that holds a lock, for a message; None if it is dead."""
     try:
-        claim = json.loads(words)
+        claim = json.loads(content)
         gone, who = is_gone(claim), f"process {int(claim['pid'])} on {str(claim['host']).partition(' ')[0]}"
     except (ValueError, TypeError, KeyError):
         return None
@@ -312,7 +312,7 @@ def _holder(words: bytes, store: CloudStore, name: str) -> str | None:
     return None if gone else who
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""Single files by their path or address: written whole, and read whole or only in ranges."""
+"""Single files by path or address: written atomically, and read whole or in ranges."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nnsplice.stores.addresses import is_address
 
 
 class Opened(Protocol):
-    """A file that is read through a path on this machine."""
+    """A file that is open for reading, through a local path."""
 
     @property
     def local(self) -> Path:
-        """The local path. Of a file in an object store, parts that were not fetched are zeros."""
+        """The local path. For a file in an object store, ranges that were not fetched are zeros."""
         ...
 
     def fetch(self, start: int, length: int) -> None:
-        """Have these bytes at the path."""
+        """Fetch a range of bytes into the local file."""
         ...
 
     def is_same(self) -> bool:
-        """Whether it is still the file that was opened."""
+        """Whether the file is unchanged since it was opened."""
         ...
 
 
@@ -36,7 +36,7 @@ class _Local:
         self._before: object = self._stamp()
 
     def fetch(self, start: int, length: int) -> None:
-        """They are there."""
+        """A local file has all bytes."""
 
     def is_same(self) -> bool:
         return self._stamp() == self._before
@@ -48,13 +48,13 @@ class _Local:
 
 @contextmanager
 def opened(path: str | os.PathLike[str], *, header: bool = False) -> Iterator[Opened]:
-    """Read a file through a path on this machine.
+    """Open a file for reading, through a local path.
 
     Args:
-        header: fetch only the header of a safetensors file in an object store; `fetch` fetches the rest.
+        header: of a safetensors file in an object store, fetch only the header; `fetch` fetches the rest.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is no such file.
     """
     if not is_address(path):
         yield _Local(Path(path))
@@ -72,7 +72,7 @@ def opened(path: str | os.PathLike[str], *, header: bool = False) -> Iterator[Op
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path on this machine to write under; the file takes its place when the block ends well."""
+    """A local path to write to; the file gets its name at the end of the block, unless it raises."""
     if not is_address(path):
         with files.whole(path) as temporary:
             yield temporary

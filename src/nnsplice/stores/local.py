@@ -1,4 +1,4 @@
-"""A folder as a store."""
+"""The store of a folder."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ class LocalStore:
         return (self.folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file that appears whole."""
+        """Write a file atomically."""
         with self.writing(name) as temporary:
             temporary.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new file, as a link to a complete one, so that no process reads a part of it."""
+        """Write a new file, as a hard link to a complete one, so that no process reads a part of it."""
         path = self.folder / name
-        if path.exists():  # most are, for a worker that looks for what is free
+        if path.exists():  # the usual case for a worker that looks for free units
             return False
         own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with self._made(own) as file:
+        with self._new_file(own) as file:
             file.write(data)
         try:
             os.link(own, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links; there the file is empty for a moment
+        except OSError:  # a file system without hard links, where the file is empty for a moment
             try:
-                with self._made(path) as file:
+                with self._new_file(path) as file:
                     file.write(data)
             except FileExistsError:
                 return False
@@ -87,12 +87,12 @@ class LocalStore:
         return []
 
     def touch(self, name: str) -> None:
-        """Give a sign of life."""
+        """Set the modification time to now."""
         with suppress(FileNotFoundError):
             os.utime(self.folder / name)
 
     def age(self, name: str) -> float:
-        """Seconds since the last sign of life."""
+        """Seconds since the modification time."""
         return age_of(self.folder / name)
 
     def clear(self) -> None:
@@ -105,12 +105,12 @@ class LocalStore:
             file.write(text)
 
     def flush(self) -> None:
-        """Nothing waits to be written."""
+        """Appended text is written at once."""
 
     def lock(self, name: str) -> Lock:
-        """Be the only one."""
+        """Take a lock."""
         return Lock(self.folder / name)
 
     @staticmethod
-    def _made(path: Path):
+    def _new_file(path: Path):
         return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb")

@@ -12,10 +12,10 @@ from nnsplice.stores.local import LocalStore
 
 
 class HeldLock(Protocol):
-    """A lock that is held."""
+    """A lock that this process has taken."""
 
     def release(self) -> None:
-        """Let the next one take it."""
+        """Release the lock."""
         ...
 
 
@@ -24,29 +24,29 @@ class Store(Protocol):
 
     @property
     def address(self) -> str:
-        """The text that means this store, in all processes."""
+        """The path or address of the store, valid in all processes."""
         ...
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this machine; None for an object store."""
+        """The local folder; None for an object store."""
         ...
 
     @property
     def inner(self) -> Any:
-        """The same as an object of obstore; None for a folder."""
+        """The store object of obstore; None for a folder."""
         ...
 
     @property
     def pause(self) -> float:
-        """The least seconds between two looks at other processes: an object store takes time and money for each."""
+        """The least seconds between two reads of other processes' files, as requests to object stores cost money."""
         ...
 
     def make(self) -> None:
-        """Make the folder; of an object store, find out whether it refuses a second writer.
+        """Make the folder; for an object store, check that it has conditional puts.
 
         Raises:
-            BadArgument: the store does not refuse a second writer.
+            BadArgument: the store has no conditional puts.
         """
         ...
 
@@ -58,36 +58,36 @@ class Store(Protocol):
         """The content of a file.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: there is no such file.
         """
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file that appears whole, in place of one that may be there."""
+        """Write a file atomically; an existing file is replaced."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that appears whole; False where there is one. Of several at once, one succeeds."""
+        """Write a new file atomically; False if it exists. Of several processes, one succeeds."""
         ...
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
-        """A path on this machine to write to; the file takes its place when the block ends well."""
+        """A local path to write to; the file gets its name at the end of the block, unless it raises."""
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         ...
 
     def names(self, under: str = "") -> list[str]:
-        """The names right under a folder, of files and of folders, in no order; none where there is no such folder."""
+        """The names of files and folders directly in a folder, in no order; empty if it does not exist."""
         ...
 
     def touch(self, name: str) -> None:
-        """Give a sign of life: `age` begins anew. A file that is not there stays so."""
+        """Set the `age` of a file to 0; does nothing if it does not exist."""
         ...
 
     def age(self, name: str) -> float:
@@ -99,11 +99,11 @@ class Store(Protocol):
         ...
 
     def clear(self) -> None:
-        """Remove all that is under it."""
+        """Remove all files."""
         ...
 
     def append(self, name: str, text: str) -> None:
-        """Append to a file that this process alone writes; an object store has it after `flush`."""
+        """Append to a file that only this process writes; in an object store, `flush` uploads it."""
         ...
 
     def flush(self) -> None:
@@ -111,7 +111,7 @@ class Store(Protocol):
         ...
 
     def lock(self, name: str) -> HeldLock:
-        """Be the only one with this lock, among processes of all machines.
+        """Take a lock, exclusive among processes on all machines.
 
         Raises:
             FileError: another process has it.
@@ -120,11 +120,11 @@ class Store(Protocol):
 
 
 def store_of(path: str | os.PathLike[str]) -> Store:
-    """The store that a path or an address means; nothing is made.
+    """The store of a path or address; nothing is created.
 
     Raises:
-        BadArgument: an address of an unknown kind.
-        MissingPackage: an address, and obstore is not installed.
+        BadArgument: an address with an unknown scheme.
+        MissingPackage: an address, but obstore is not installed.
     """
     if not is_address(path):
         return LocalStore(Path(path))

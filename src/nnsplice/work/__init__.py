@@ -1,13 +1,13 @@
-"""Work in units for any number of processes; independent of models and metrics.
+"""Work in units for any number of processes, without knowledge of models and metrics.
 
-run_folder    a run as a folder: units, claims, failures; nothing in it is unpickled
-claims        the worker of each unit
+run_folder    the folder of a run: units, claims, failures; nothing in it is unpickled
+claims        files that assign a unit to one worker
 worker        runs units until none is left
 driving       starts workers, restarts dead ones, shows progress
 engines       the values of `ns.run(..., on=...)`
 local         processes on this machine
-folder        no workers: the folder is left to `nnsplice work`
-slurm, ray    tasks of a cluster; each file is the only one that imports its library
+folder        no workers: units are run by `nnsplice work`
+slurm, ray    tasks of a cluster; each is the only file that imports its library
 status        status and result of a run
 importing     functions by name: `module:function`
 """

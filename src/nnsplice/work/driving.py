@@ -14,19 +14,19 @@ from nnsplice.progress import bar
 from nnsplice.work.run_folder import STRIKES, RunFolder
 from nnsplice.work.worker import DONE, REFUSED
 
-#: Seconds between two looks at the workers, and at the folder.
-LOOK, COUNT = 0.05, 0.5
+#: Seconds between two polls of the workers, and of the folder.
+POLL_WORKERS, POLL_FOLDER = 0.05, 0.5
 
 
 class Handle(Protocol):
     """A worker that an engine has started."""
 
     def poll(self) -> int | None:
-        """The exit code; None while it runs, or waits for a machine."""
+        """The exit code; None while it runs or is queued."""
         ...
 
     def stop(self) -> None:
-        """End it; it may finish its unit."""
+        """Stop it; it may finish its unit."""
         ...
 
 
@@ -34,11 +34,11 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
     """Run all units with this many workers; failed units are in `folder.failures()`.
 
     Args:
-        start: starts worker number i.
+        start: starts the worker with this number.
 
     Raises:
         FileError: another process drives this run.
-        TeamError: units are left and no worker could go on.
+        TeamError: units are left, and all workers failed.
     """
     folder.share()
     lock = folder.store.lock("driver")
@@ -49,24 +49,24 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
         with bar("units", folder.units, "unit", progress, done=done) as shown:
             for number in range(min(workers, folder.units - done)):
                 handles[number] = start(number)
-            fruitless, before, looked = 0, _state(folder), time.monotonic()
+            starts_without_progress, before, polled = 0, _state(folder), time.monotonic()
             while handles:
-                time.sleep(LOOK)
+                time.sleep(POLL_WORKERS)
                 ended = {number: code for number, handle in handles.items() if (code := handle.poll()) is not None}
-                if ended or time.monotonic() - looked > max(COUNT, folder.store.pause):
-                    now, looked = _state(folder), time.monotonic()
+                if ended or time.monotonic() - polled > max(POLL_FOLDER, folder.store.pause):
+                    now, polled = _state(folder), time.monotonic()
                     shown.update(now[0] - before[0])
-                    fruitless = 0 if now != before else fruitless
+                    starts_without_progress = 0 if now != before else starts_without_progress
                     before = now
                 for number, code in ended.items():
                     del handles[number]
                     if code in (DONE, REFUSED) or before[0] + before[1] >= folder.units:
                         continue
-                    fruitless += 1
-                    if fruitless < STRIKES * max(workers, 1):
+                    starts_without_progress += 1
+                    if starts_without_progress < STRIKES * max(workers, 1):
                         handles[number] = start(number)
                 if before[0] + before[1] >= folder.units:
-                    break  # workers that wait for a machine are not needed any more
+                    break  # queued workers are not needed any more
     finally:
         for handle in handles.values():
             handle.stop()
@@ -89,11 +89,11 @@ def command(folder: RunFolder) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process' environment, with its module search path."""
+    """The environment of this process, with its module search path."""
     paths = [str(Path(path or ".").resolve()) for path in sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "NNSPLICE_PARENT": str(os.getpid())}
 
 
 def _state(folder: RunFolder) -> tuple[int, int, int]:
-    """The numbers of finished units, failed units and strikes; they change while workers make progress."""
+    """The numbers of finished units, failed units and strikes: a change shows progress."""
     return len(folder.done()), len(folder.failures()), len(folder.store.names("strikes"))

@@ -1,4 +1,4 @@
-"""The engines of `ns.on`, and of texts such as `"local:8"`."""
+"""The engines of `ns.run(..., on=)`: `ns.on.slurm`, `ns.on.ray`, and texts such as `"local:8"`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
 def slurm(
     *, workers: int = 8, partition: str | None = None, gpus: int = 1, time: int = 240, **parameters: Any
 ) -> Slurm:
-    """The tasks of a Slurm array, through submitit.
+    """Run units in the tasks of a Slurm array, through submitit.
 
     >>> ns.on.slurm(partition="gpu", workers=16, time=120).parameters["timeout_min"]
     120
@@ -44,7 +44,7 @@ def slurm(
 
 
 def ray(address: str | None = None, *, workers: int = 8, gpus_per_worker: float = 0, cpus_per_worker: float = 1) -> Ray:
-    """The tasks of a Ray cluster; all its machines must see the run folder.
+    """Run units in the tasks of a Ray cluster; all its machines must see the run folder.
 
     >>> ns.on.ray("auto", workers=64, gpus_per_worker=1).workers
     64

@@ -1,4 +1,4 @@
-"""The engine without workers: the run folder is left to `nnsplice work`."""
+"""The engine without workers: units are run by `nnsplice work`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nnsplice.work.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Folder:
-    """`on="folder"`: for srun, torchrun, and several machines on one file system."""
+    """`on="folder"`: workers are started by the user, with srun or on several machines with one file system."""
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Share the files; no unit runs here."""
+        """Upload the files of the run, if it is in an object store."""
         folder.share()

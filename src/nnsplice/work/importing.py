@@ -1,4 +1,4 @@
-"""Functions by name: `module:function`, as text that other processes can import."""
+"""Functions by name: `module:function`, which other processes can import."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def imported(name: str) -> Any:
 
 
 def named(function: Any, what: str) -> str:
-    """The name `module:function` of a function, for other processes.
+    """The name `module:function` of a function.
 
     Args:
-        what: its role, for the message.
+        what: the role of the function, for the message.
 
     Raises:
         BadArgument: other processes cannot import it: a lambda, or a function of a notebook or of another function.

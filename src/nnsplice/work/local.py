@@ -1,4 +1,4 @@
-"""Workers on this machine, each a process."""
+"""Workers as processes on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnsplice.work.run_folder import RunFolder
 class Local:
     """`on="local:8"`: worker processes on this machine, spread over its GPUs."""
 
-    #: None is one for each GPU, or for each core without GPUs.
+    #: The number of workers; None for one per GPU, or without GPUs one per core.
     workers: int | None = None
 
     def run(self, folder: RunFolder, progress: bool) -> None:
@@ -36,7 +36,7 @@ class Local:
 
 @contextmanager
 def _output(folder: RunFolder) -> Iterator[IO[bytes]]:
-    """The log of what workers print, such as a crash."""
+    """The log file for the output of workers, such as a crash."""
     name = "workers/output.log"
     if folder.store.folder is not None:
         with (folder.store.folder / name).open("ab") as log:
@@ -59,9 +59,9 @@ class Process:
 
     @classmethod
     def start(cls, folder: RunFolder, device: str | None, log: IO[bytes]) -> Process:
-        """Start one, on this GPU only."""
+        """Start a worker, on this GPU only if one is given."""
         own = environment() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        # In a session of its own, so that Ctrl-C reaches the driver only, which then ends the worker.
+        # In a session of its own, so that Ctrl-C reaches only the driver, which then stops the worker.
         return cls(
             subprocess.Popen(
                 command(folder), env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -73,7 +73,7 @@ class Process:
         return self.process.poll()
 
     def stop(self) -> None:
-        """Ask it to leave after its unit; kill it after 30 s."""
+        """Ask it to stop after its unit; kill it after 30 s."""
         self.process.terminate()
         try:
             self.process.wait(30)

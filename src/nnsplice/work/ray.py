@@ -1,7 +1,7 @@
 """Workers as the tasks of a Ray cluster; the only file that imports Ray.
 
-A task is a worker's process. Ray places it, adds machines, and restarts it when its machine is lost. The units go
-through the run folder, which all machines have to see.
+A task is the process of a worker. Ray places tasks and adds machines; the driver submits a task again if its machine is
+lost. Units and outcomes go through the run folder, which all machines have to see.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from nnsplice.errors import MissingPackage
 from nnsplice.work.driving import command, drive, environment
 from nnsplice.work.run_folder import RunFolder
 
-#: Variables that a worker gets from the driver; its GPUs are set by Ray.
-_HANDED_ON = (
+#: The environment variables that a worker gets from the driver; Ray sets its GPUs.
+_ENVIRONMENT = (
     "PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "NNSPLICE_CACHE",
-    # The object store, without credentials: the machines of a cluster have their own.
+    # Of the object store, without credentials, which the machines of a cluster have.
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP",
 )  # fmt: skip
 
@@ -43,9 +43,9 @@ class Ray:
             ray.init(address=self.address, log_to_driver=False)
         task = ray.remote(num_gpus=self.gpus_per_worker, num_cpus=self.cpus_per_worker, max_retries=0)(_run_worker)
         own = environment()
-        handed = {name: own[name] for name in _HANDED_ON if name in own}
+        variables = {name: own[name] for name in _ENVIRONMENT if name in own}
         try:
-            drive(folder, lambda _: RayTask(task.remote(command(folder)[1:], handed)), self.workers, progress)
+            drive(folder, lambda _: RayTask(task.remote(command(folder)[1:], variables)), self.workers, progress)
         finally:
             if began:
                 ray.shutdown()
@@ -70,15 +70,15 @@ class RayTask:
             return 1
 
     def stop(self) -> None:
-        """Cancel it; its worker leaves after its unit."""
+        """Cancel it; its worker stops after its unit."""
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
         ray.cancel(self.ref)
 
 
-def _run_worker(arguments: list[str], handed: dict[str, str]) -> int:
+def _run_worker(arguments: list[str], variables: dict[str, str]) -> int:
     """Run a worker on a machine of the cluster, with that machine's own Python."""
     import os
 
-    own = {**os.environ, **handed, "NNSPLICE_PARENT": str(os.getpid())}
+    own = {**os.environ, **variables, "NNSPLICE_PARENT": str(os.getpid())}
     return subprocess.run([sys.executable, *arguments], env=own, check=False).returncode

@@ -1,14 +1,14 @@
-"""The run folder: numbered units, and a complete file for the outcome of each.
+"""The run folder: numbered units, and a file for the outcome of each.
 
     run.json            the header: the function that opens the run, the number of units, the identity of the run
     ...                 files of that function (a plan, a reference)
-    units/000017...     the outcome of a unit, renamed into place
+    units/000017...     the outcome of a unit, written atomically
     claims/000017       the worker of the unit, renewed every few seconds
     strikes/000017.*    one file for each worker that died at the unit
     failed/000017.json  the reason why the unit failed
     workers/NAME.json   the status of a worker, and its log beside it
 
-Nothing is unpickled. A unit may be run twice, as both outcomes are the same. The folder may be an address of an object
+Nothing is unpickled. A unit may be run twice, as both outcomes are identical. The folder may be an address of an object
 store, where a claim is a put that fails if the object exists.
 """
 
@@ -35,9 +35,9 @@ from nnsplice.work.importing import imported
 
 KIND, FORMAT = "nnsplice run", 1
 FOLDERS = ("units", "claims", "strikes", "failed", "workers")
-#: A unit fails after it ended this many workers.
+#: The number of strikes, workers that died or failed at a unit, after which the unit fails.
 STRIKES = 3
-#: Seconds without a sign of life after which a worker on another machine counts as dead.
+#: Seconds without a renewal of its claim after which a worker on another machine counts as dead.
 LEASE = 60.0
 #: Packages that results depend on; a worker with other versions is refused.
 VERSIONS = ("nnsplice", "torch", "transformers", "nnsight")
@@ -58,11 +58,11 @@ class UnitTask(Protocol):
 class RunFolder:
     """A folder that holds a run; `create` writes one, `open` reads one."""
 
-    #: The folder, or its place in an object store.
+    #: The folder, or a prefix in an object store.
     store: Store
     #: The contents of run.json.
     header: Mapping[str, Any]
-    #: With an object store: when each file of the local copy was last written.
+    #: With an object store: the modification time of each file of the local copy when it was uploaded.
     _shared: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -84,7 +84,7 @@ class RunFolder:
             units: the number of units.
             identity: plain data that identifies the run: the question, its units, the models.
             write: writes the files that the opener needs into a folder; the opener finds them in `folder.path`.
-            lease: seconds without a sign of life after which a worker on another machine counts as dead.
+            lease: seconds without a renewal of its claim after which a worker on another machine counts as dead.
 
         Raises:
             FileError: the folder holds another run, or other files.
@@ -111,7 +111,7 @@ class RunFolder:
                 expected="an empty folder, or this run's",
             )
         store.make()
-        store.write(".begun", b"")  # after a kill before run.json is written, the same call may start again
+        store.write(".begun", b"")  # if killed before run.json is written, the same call starts again
         header = {
             "kind": KIND, "format": FORMAT, "opener": opener, "units": units, "lease": lease, "identity": identity,
             "versions": versions(),

@@ -19,7 +19,7 @@ class Slurm:
     workers: int = 8
     #: Parameters of submitit's executor.
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    #: `"local"`: submitit starts processes here, for tests.
+    #: `"local"`: submitit starts processes on this machine, for tests; None for Slurm.
     cluster: str | None = None
 
     def run(self, folder: RunFolder, progress: bool) -> None:
@@ -44,15 +44,15 @@ class Slurm:
             jobs = [executor.submit(task) for _ in range(count)]
         waiting = dict(enumerate(jobs))
 
-        def start(number: int) -> Job:
-            return Job(waiting.pop(number) if number in waiting else executor.submit(task))
+        def start(number: int) -> SlurmJob:
+            return SlurmJob(waiting.pop(number) if number in waiting else executor.submit(task))
 
         drive(folder, start, count, progress)
 
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """One array task: a worker in a process of its own, submitted again after a preemption."""
+    """One array task: the process of a worker, submitted again after a preemption."""
 
     command: list[str]
     environment: dict[str, str]
@@ -73,7 +73,7 @@ class SlurmTask:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A submitted task."""
 
     job: Any

@@ -18,7 +18,7 @@ class Status:
     done: int
     #: Failed units, with the reason.
     failures: dict[int, str]
-    #: The record that each worker last wrote, with `"alive"`.
+    #: The last status of each worker, with `"alive"`.
     workers: list[dict[str, Any]]
 
     @property

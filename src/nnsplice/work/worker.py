@@ -19,11 +19,11 @@ from nnsplice.locks import Heartbeat, this_process
 from nnsplice.work.claims import Claims
 from nnsplice.work.run_folder import RunFolder, UnitTask
 
-#: Signals that end a worker after its current unit: preemption by Slurm, submitit's own signal, Ctrl-C.
+#: Signals that stop a worker after its current unit: preemption by Slurm, submitit's own signal, Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
-#: Seconds between two looks at the claims of others, when no unit is free.
+#: Seconds between two checks of the claims of others, when no unit is free.
 PAUSE = 0.2
-#: Exit codes: all is done; this process would compute other numbers; an error that another process may not have.
+#: Exit codes: no unit is left; this process would compute other numbers; an error that another process may not have.
 DONE, REFUSED, BROKEN = 0, 3, 4
 
 
@@ -31,11 +31,11 @@ class Worker:
     """One process that runs units."""
 
     def __init__(self, folder: RunFolder, *, name: str | None = None, parent: int | None = None) -> None:
-        """Nothing runs yet.
+        """A worker of a run; `work` starts it.
 
         Args:
-            name: the name of its files; machine and process if left out.
-            parent: a process; when it is gone, the worker ends after its unit.
+            name: the name of its files; from the machine and the process if left out.
+            parent: the id of the parent process: the worker stops after its unit when this process has ended.
         """
         self.folder: RunFolder = folder
         self.parent: int | None = parent
@@ -48,12 +48,12 @@ class Worker:
 
     def work(self) -> int:
         """Run units until none is left; returns the exit code."""
-        beat = Heartbeat(self._sign, self.folder.header["lease"] / 6)
+        heartbeat = Heartbeat(self._sign, self.folder.header["lease"] / 6)
         try:
             with self._signals():
                 return self._work()
         finally:
-            beat.stop()
+            heartbeat.stop()
             with suppress(OSError):  # only the last status is lost
                 self.folder.store.flush()
 
@@ -78,7 +78,7 @@ class Worker:
             code = self._unit(task, number)
             if code != DONE:
                 return code
-            if self._should_leave():
+            if self._should_stop():
                 self.log("left")
                 self._report("left")
                 return DONE
@@ -87,7 +87,7 @@ class Worker:
 
     def _unit(self, task: UnitTask, number: int) -> int:
         if self.folder.store.has(self.folder.unit_file(number)):
-            self.claims.held = None
+            self.claims.claimed = None
             return DONE
         start = time.perf_counter()
         try:
@@ -97,10 +97,10 @@ class Worker:
         except OSError as error:  # the disk is full or gone; the unit is not to blame
             self.claims.release()
             return self._broken(number, error)
-        except NnspliceError as error:  # deterministic: another try would fail too
+        except NnspliceError as error:  # another attempt would fail too
             self.log(traceback.format_exc())
             self.folder.fail(number, str(error))
-        except Exception as error:  # a device may be broken now, so another process tries
+        except Exception as error:  # the device may be broken, so another process tries
             self.claims.strike(f"{type(error).__name__}: {error}")
             return self._broken(number, error)
         else:
@@ -108,7 +108,7 @@ class Worker:
             self.record["seconds"] += seconds
             self.log(f"unit {number} in {seconds:.3f} s")
             self._report("running")
-        self.claims.held = None  # the claim's file stays, so that no worker tries the unit again
+        self.claims.claimed = None  # the claim's file stays, so that no worker takes the unit again
         return DONE
 
     def _broken(self, number: int, error: Exception) -> int:
@@ -126,7 +126,7 @@ class Worker:
                     found = True
                     yield number
             if not found:
-                if self._should_leave():
+                if self._should_stop():
                     return
                 time.sleep(max(PAUSE, self.folder.store.pause))
 
@@ -135,7 +135,7 @@ class Worker:
         if not self.folder.store.pause:
             yield from filter(self.claims.take, range(self.folder.units))
             return
-        # In an object store a try costs as much as a list of all claims: skip claimed units, and start at random.
+        # In an object store an attempt costs as much as a list of all claims, so claimed units are skipped.
         chosen = random.Random(self.name)
         while free := sorted(set(range(self.folder.units)) - self.folder.numbers("claims")):
             chosen.shuffle(free)
@@ -147,12 +147,12 @@ class Worker:
     def _left(self) -> set[int]:
         return set(range(self.folder.units)) - self.folder.done() - set(self.folder.failures())
 
-    def _should_leave(self) -> bool:
+    def _should_stop(self) -> bool:
         return self.stopping or (self.parent is not None and os.getppid() != self.parent)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first signal ends the worker after its unit, the second has its usual effect."""
+        """In this block the first signal stops the worker after its unit; the second has its usual effect."""
         before: dict[int, Any] = {}
 
         def stop(number: int, _frame: Any) -> None:
@@ -163,7 +163,7 @@ class Worker:
         try:
             for number in SIGNALS:
                 before[number] = signal.signal(number, stop)
-        except ValueError:  # signals are for the main thread
+        except ValueError:  # not in the main thread
             before = {}
         try:
             yield
