@@ -177,14 +177,6 @@ def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
     assert set(ran.ends) == {number for number, row in enumerate(rows) if row.end is not None}
 
 
-def test_two_edits_of_one_number_are_refused() -> None:
-    model = double("llama")
-    whole, part = engine.expand(model, ["layers[1].attn.q.output", "layers[1].heads[2].q"])
-    edits = tuple(Edit.of(place, (1,), torch.zeros(1, 24 if n == 0 else 6)) for n, place in enumerate((whole, part)))
-    with pytest.raises(OverlappingWrite, match=r"overlap at the same token"):
-        run(Base(model, encode(model, PROMPTS)), [Row(0, edits, 3)])
-
-
 def test_a_token_before_all_edits_is_read_as_the_run_has_it() -> None:
     model = double("llama")
     given = encode(model, PROMPTS)

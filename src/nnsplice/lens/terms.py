@@ -46,7 +46,7 @@ class Terms:
 
 
 def terms_of(model: engine.Model, branches: Branches, sites: Paths) -> Terms:
-    """The terms that sites stand for.
+    """The terms of the requested sites.
 
     Raises:
         RefusedPlace: a site that is no term of the sum.

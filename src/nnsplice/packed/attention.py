@@ -27,7 +27,7 @@ NAME = "nnsplice_packed"
 #: `[group, token, width]` each.
 KeyValue = tuple[Tensor, Tensor]
 
-#: Arguments of attention modules that belong to the run, not to what is computed of queries, keys and values.
+#: Arguments of attention modules that do not change the result for given queries, keys and values.
 _RUN_ARGUMENTS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     *engine.BLOCK_CACHE_NAMES, "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
@@ -124,7 +124,7 @@ def _registered(name: str) -> Callable[..., Any]:
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of a module, which transformers keeps beside its class."""
+    """The eager attention of a module, a function in the file of its class."""
     for kind in type(module).__mro__:
         found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if found is not None:

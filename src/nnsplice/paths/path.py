@@ -188,7 +188,7 @@ class Path:
 
     @property
     def place(self) -> Path:
-        """The path without its positions."""
+        """The path without its positions: the address of a site."""
         return self if self.position is None else replace(self, position=None, key=None)
 
     def at(self, position: Position | None) -> Path:

@@ -112,7 +112,7 @@ def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
     if engine.ProcessGroup.of(work.model).minimum(int(remembered)):
         assert found is not None
         return found, Cost()
-    if len(known) > 256:  # a metric made anew in a loop has a new key each time
+    if len(known) > 256:  # a metric that is defined again in a loop has a new key each time
         known.clear()
     known[key], cost = compare(work, longest, room)
     return known[key], cost

@@ -92,7 +92,7 @@ def write_tensors(plan: Plan, folder: FilePath) -> None:
 
 
 def write_plan(plan: Plan, folder: FilePath, **more: Any) -> None:
-    """Write a plan, with more plain data beside it."""
+    """Write a plan, with more plain data in the same file."""
     record = plain_plan(plan)
     write_tensors(plan, folder)
     write_json(folder / PLAN, {"plan": record, **more})

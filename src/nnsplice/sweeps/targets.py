@@ -81,7 +81,7 @@ def number_of(place: Path, axis: str) -> int | None:
     for step in place.steps:
         if step.name == f"{axis}s" and isinstance(step.index, int):
             return step.index
-    if axis == "layer" and place.native:  # a native path counts its layers by whatever list they stand in
+    if axis == "layer" and place.native:  # in a native path the first index is that of the layer
         return next((step.index for step in place.steps if isinstance(step.index, int)), None)
     return None
 
