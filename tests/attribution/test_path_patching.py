@@ -368,7 +368,7 @@ def test_a_part_of_a_sender_is_all_that_is_sent(packed: bool) -> None:
     part = ns.Subspace.of(f"{last}.output", torch.eye(16, dtype=torch.float64)[:3])
     plan = path_patching.planned(model, *pair, last, metric, subspace=part)
     plan, paths = path_patching.routed(model, plan, ["unembed"])
-    found = run_fresh(plan, model, executor=paths.executor if packed else paths._alone, progress=False)
+    found = run_fresh(plan, model, executor=paths.executor if packed else paths._three_runs, progress=False)
     assert found.run.executor == ("packed paths" if packed else "paths")
     there = ns.sweep(model, *pair, last, metric, subspace=part, together=True, progress=False)
     np.testing.assert_allclose(found.table.values, there.table.values, rtol=0, atol=1e-12)
