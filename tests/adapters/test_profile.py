@@ -245,6 +245,7 @@ def test_tables_and_a_picture():
     assert values[1, 0] == pytest.approx(3.0) and values[0, 0] != values[0, 0]
     ax = found.plot()
     assert [label.get_text() for label in ax.get_yticklabels()] == rows
+    assert ax.images[0].get_clim() == (0.0, pytest.approx(4.0))  # energies of one size have one colour
     plt.close("all")
 
 

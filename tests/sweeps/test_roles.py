@@ -46,6 +46,17 @@ def _states(module: Any, text: str, patch: tuple[int, int, Tensor] | None = None
     return kept, float(logits[7] - logits[8])
 
 
+def test_a_span_that_the_corrupted_prompt_lacks_may_be_given_apart() -> None:
+    model, sites = double("gpt2"), 'layers[:].output["subject"][-1]'
+    with pytest.raises(
+        SpanError, match=r"'w4 w5' does not occur[\s\S]*in: corrupted=[\s\S]*\"clean\": [\s\S]*in: ns.plan"
+    ):
+        ns.sweep(model, CLEAN, CORRUPTED, sites, METRIC, spans={"subject": "w4 w5"}, progress=False)
+    with pytest.raises(SpanError) as refused:
+        ns.sweep(model, CLEAN, CORRUPTED, sites, METRIC, spans={"subject": "w11 w14"}, progress=False)
+    assert "in: corrupted=" not in str(refused.value)
+
+
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_tokens_correspond_by_their_role(family: str, executor: str) -> None:

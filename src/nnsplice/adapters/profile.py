@@ -254,7 +254,7 @@ class AdapterProfile(dict[str, float]):
             The axes; the figure is `axes.figure`.
         """
         rows, parts, values = self.grid()
-        return plots.heatmap(
+        ax = plots.heatmap(
             values,
             rows=rows,
             columns=parts,
@@ -264,6 +264,8 @@ class AdapterProfile(dict[str, float]):
             title="What the adapter changed",
             ax=ax,
         )
+        ax.images[0].set_clim(vmin=0.0)  # nearly equal energies have nearly equal colours
+        return ax
 
 
 def _layer_order(one: WeightEnergy) -> tuple:

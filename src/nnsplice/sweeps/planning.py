@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -161,7 +162,9 @@ def _prompts(
     if clean is None and operation.name == "patch":
         raise BadArgument("patching takes its values from the clean run, and clean is None", expected="clean prompts")
     source = None if clean is None else encode(model, clean, spans_clean, images=True, sounds=True)
-    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True, sounds=True)
+    apart = circumstances('corrupted=   (with spans of its own: spans={"clean": {...}, "corrupted": {...}})')
+    with apart if spans and not two else nullcontext():
+        edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True, sounds=True)
     assert edited is not None
     edited.require_tokens("a sweep is over")
     if source is not None and len(source) != len(edited):
