@@ -64,7 +64,7 @@ def test_all_tokens_of_prompts_of_any_length(model: Any, tmp_path: Path) -> None
 
 def test_a_capture_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, taken = _prompts(), []
-    captured = capture_folder.capture
+    captured = capture_folder.captured_within
 
     def stops(*args: Any, **options: Any) -> Any:
         if len(taken) == 2:
@@ -73,7 +73,7 @@ def test_a_capture_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypa
         return captured(*args, **options)
 
     whole = ns.capture_to(tmp_path / "whole", model, prompts, "layers[:].output[-1]", chunk=4)
-    monkeypatch.setattr(capture_folder, "capture", stops)
+    monkeypatch.setattr(capture_folder, "captured_within", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.capture_to(tmp_path / "part", model, prompts, "layers[:].output[-1]", chunk=4)
     part = ns.SavedActivation.open(tmp_path / "part")
@@ -91,11 +91,11 @@ import nnsplice as ns
 import seeing
 from nnsplice.activations import capture_folder
 from test_folders import _prompts, wrap
-captured = capture_folder.capture
+captured = capture_folder.captured_within
 def slow(*args, **options):
     time.sleep(0.05)
     return captured(*args, **options)
-capture_folder.capture = slow
+capture_folder.captured_within = slow
 ns.capture_to(sys.argv[1], wrap("gpt2"), _prompts(60), "layers[:].output[-1]", chunk=1, progress=False)
 """
 
@@ -118,8 +118,8 @@ def test_a_capture_whose_process_was_killed_goes_on(
         child.wait()
     there = ns.SavedActivation.open(part)
     assert not there.is_complete and 4 <= there.rows < 60
-    taken, captured = [], capture_folder.capture
-    monkeypatch.setattr(capture_folder, "capture", lambda *a, **o: (taken.append(1), captured(*a, **o))[1])
+    taken, captured = [], capture_folder.captured_within
+    monkeypatch.setattr(capture_folder, "captured_within", lambda *a, **o: (taken.append(1), captured(*a, **o))[1])
     held = ns.capture_to(part, model, prompts, sites, chunk=1, progress=False)
     assert held.is_complete and 0 <= 60 - there.rows - len(taken) <= 1  # a chunk may be there before the list of them
     whole = ns.capture_to(tmp_path / "whole", model, prompts, sites, chunk=1, progress=False)
@@ -165,13 +165,14 @@ def test_one_chunk_is_in_memory(model: Any, tmp_path: Path) -> None:
 
 def test_one_bar_counts_all_prompts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The captures of single chunks show none: they did, also with `progress=False`."""
-    captured, shown = capture_folder.capture, []
+    capturing = sys.modules["nnsplice.activations.capture"]
+    captured, shown = capturing.capture, []
 
     def noted(*args: Any, **options: Any) -> Any:
         shown.append(options.get("progress", True))
         return captured(*args, **options)
 
-    monkeypatch.setattr(capture_folder, "capture", noted)
+    monkeypatch.setattr(capturing, "capture", noted)
     ns.capture_to(tmp_path, model, _prompts(), "layers[1].output[-1]", chunk=4)
     assert shown == [False] * 3
 

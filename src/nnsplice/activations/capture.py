@@ -121,7 +121,7 @@ def _captured(
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans, images=True, sounds=True)
         wanted = checked(model, given, sites)
-    batches = given.batches(model, batch_size)
+    batches = given.batches(model, size=batch_size)
     parts: list[list[Pack]] = []
     with bar("capture", len(given), "prompt", progress) as shown:
         for rows in batches:
@@ -147,11 +147,11 @@ def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
     return wanted
 
 
-def rows_at_once(model: engine.Model, given: Prompts, max_tokens: int) -> int:
-    """How many of these prompts run at once where there is memory for so many tokens."""
-    if engine.has_code_by_row(model):
-        return 1
-    return max(max_tokens // max(*given.lengths("encoder"), *given.lengths("decoder")), 1)
+def captured_within(model: engine.Model, given: Prompts, sites: Paths, max_tokens: int) -> SavedActivation:
+    """The capture of these prompts where there is memory for so many tokens at once."""
+    at_most = max(max_tokens // max(*given.lengths("encoder"), *given.lengths("decoder")), 1)
+    size = max(map(len, given.batches(model, at_most=at_most)))
+    return capture(model, given, sites, batch_size=size, progress=False)
 
 
 def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:

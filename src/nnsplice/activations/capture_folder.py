@@ -15,7 +15,7 @@ from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
 from nnsplice.activations.activation_folder import FORMAT, KIND, ActivationFolder, read_manifest
-from nnsplice.activations.capture import capture, rows_at_once
+from nnsplice.activations.capture import captured_within
 from nnsplice.activations.encoding import encode, one_by_one
 from nnsplice.activations.messages import is_chat
 from nnsplice.activations.prompts import Prompts, SpanTexts
@@ -172,8 +172,7 @@ def _chunk(
     for at, rows in enumerate(groups):
         prompts = given.take(rows)
         name = f"chunk-{number:06}-{at}.safetensors"
-        size = rows_at_once(model, prompts, max_tokens)
-        capture(model, prompts, paths, batch_size=size, progress=False).to_file(store.at(name))
+        captured_within(model, prompts, paths, max_tokens).to_file(store.at(name))
         files.append({"name": name, "rows": [start + row for row in rows]})
     _write(store, record_name, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
     return files

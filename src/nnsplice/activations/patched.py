@@ -125,7 +125,7 @@ def _patched(
             _check_spans(model, saved, given)
     found: dict[int, Tensor] = {}
     with bar("logits", len(given), "prompt", progress) as shown:
-        for rows in given.batches(model, batch_size):
+        for rows in given.batches(model, size=batch_size):
             packs = [_rows(pack, rows) for pack in saved._packs]
             inputs, spanned = given.inputs(rows, model.device), given.spans_of(rows)
             length = given.length("decoder", rows[0])

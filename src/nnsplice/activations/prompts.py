@@ -159,18 +159,18 @@ class Prompts:
         shapes = (None if each is None else each[row].shape for each in (self.images, self.sounds))
         return (self.length("encoder", row), self.length("decoder", row), *shapes)
 
-    def batches(self, model: Any, size: int | None = None, *, at_most: int | None = None) -> list[list[int]]:
+    def batches(self, *models: Any, size: int | None = None, at_most: int | None = None) -> list[list[int]]:
         """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding.
 
         Tokens run one prompt at a time where code of the user's may tell rows apart, unless a size is asked for.
 
         Args:
-            model: what runs them, in nnsight or bare.
+            models: what runs them, in nnsight or bare.
             size: how many the user wants to run at once.
             at_most: how many there is memory for.
         """
         if size is None and self.values is None and not self.inputs_by_name:
-            size = 1 if engine.has_code_by_row(model) else None
+            size = 1 if any(map(engine.has_code_by_row, models)) else None
         size = min(size or len(self), at_most or len(self))
         groups: dict[object, list[int]] = {}
         for row in range(len(self)):

@@ -30,8 +30,8 @@ class WeightRuns:
     batch_size: int | None
     #: The largest number of prompts that run at once; None for no limit.
     at_most: int | None = field(default=None, kw_only=True)
-    #: Whether the tuned model has code of the user's that may treat rows of a batch differently.
-    by_row: bool = field(default=False, kw_only=True)
+    #: The tuned model, where it is one.
+    tuned: Sequence[Any] = field(default=(), kw_only=True)
     #: The arguments of every call besides the prompts.
     arguments: Mapping[str, Any]
     #: Whether each module (by its id) can compute the logits of the last tokens only.
@@ -50,9 +50,8 @@ class WeightRuns:
             bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         parameters = inspect.signature(type(unwrap(base)).forward).parameters
-        by_row = not isinstance(tuned, Mapping) and engine.has_code_by_row(tuned)
         arguments = {"use_cache": False} if "use_cache" in parameters else {}
-        return cls(base, given, bound, batch_size, arguments, by_row=by_row)
+        return cls(base, given, bound, batch_size, arguments, tuned=() if isinstance(tuned, Mapping) else (tuned,))
 
     def take(self, prompts: Sequence[int], at_most: int) -> WeightRuns:
         """The runs of some of the prompts, at most `at_most` at once."""
@@ -70,8 +69,7 @@ class WeightRuns:
 
     def batches(self) -> list[list[int]]:
         """Prompts of one length that run together."""
-        at_most = 1 if self.by_row and self.batch_size is None else self.at_most
-        return self.given.batches(self.base, self.batch_size, at_most=at_most)
+        return self.given.batches(self.base, *self.tuned, size=self.batch_size, at_most=self.at_most)
 
     def logits(self, module: Any, rows: Sequence[int]) -> Tensor:
         """The logits `[row, vocab]` at the position that the metric reads."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.activations.capture import capture, checked, joined, origin_of, rows_at_once
+from nnsplice.activations.capture import captured_within, checked, joined, origin_of
 from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Provenance
 from nnsplice.activations.prompts import PromptsLike, SpanTexts
@@ -47,8 +47,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
     whole = prompts_of(plan.question["prompts"], model)
 
     def unit(prompts: Sequence[int]) -> Arrays:
-        some = whole.take(prompts)
-        found = capture(model, some, sites, batch_size=rows_at_once(model, some, max_tokens), progress=False)
+        found = captured_within(model, whole.take(prompts), sites, max_tokens)
         return {"capture": np.frombuffer(bytes_of(found.to_file), dtype=np.uint8)}
 
     return unit
