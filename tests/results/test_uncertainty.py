@@ -119,3 +119,36 @@ def test_what_cannot_be_said_is_refused() -> None:
             result.stability(k)
     with pytest.raises(BadArgument, match="one prompt"):
         _made(1, 3).stability(1)
+
+
+def test_where_total_effects_cancel_no_draw_has_an_effect() -> None:
+    cells = [Cell(f"layers[{n}].output[0]", STREAM, layer=n, position=0) for n in range(2)]
+    ends = {"clean": np.array([1.1, -0.9, 1.1, -0.9]), "corrupted": np.full(4, 0.1)}  # effects of 1, -1, 1, -1
+    values = np.random.default_rng(0).normal(size=(4, 2))
+    largest = int(np.abs((values - 0.1).mean(0)).argmax())
+    result = SweepResult(table(cells, (("a",),) * 4, values=values, **ends))
+    with pytest.warns(UserWarning, match="the same in the mean"):
+        assert np.isnan(result.effect()).all() and result.best(1)["layer"].tolist() == [largest]
+    assert np.isnan(result.ci(draws=100)).all()
+    drawn = np.random.default_rng(0).integers(4, size=(200, 4))
+    as_first = [np.abs((values[rows] - 0.1).mean(0)).argmax() == largest for rows in drawn]
+    assert result.stability(1, draws=200) == pytest.approx(np.mean(as_first))
+    # With a fifth prompt there is an effect, and none in the draws where those four cancel to 1e-17.
+    more = {"clean": np.append(ends["clean"], 3.1), "corrupted": np.full(5, 0.1)}
+    more |= {"values": np.vstack([values, values[:1]])}
+    ends = SweepResult(table(cells, (("a",),) * 5, **more)).ci(draws=2000)
+    assert np.isfinite(ends).all() and (np.abs(ends) < 1e6).all()
+
+
+def test_cells_without_any_number_have_neither_interval_nor_p() -> None:
+    result = _made(3, 2)
+    empty = SweepResult(replace(result.table, values=np.full((3, 2), np.nan)))
+    assert np.isnan(empty.ci(draws=20)).all() and np.isnan(empty.pvalue()).all()
+
+
+@pytest.mark.parametrize(("first", "expected"), [(0.1, 1.0), (np.inf, np.nan)])
+def test_a_mean_change_of_nearly_nothing_has_a_p_of_one_and_an_infinite_one_none(first: float, expected: float) -> None:
+    cells = [Cell("layers[0].output[0]", STREAM, layer=0, position=0)]
+    changes = np.array([[first], [0.2], [-0.3]])  # of 0.1 the sum is 5e-17, or 0, as they are added
+    made = table(cells, (("a",),) * 3, values=changes, clean=np.ones(3), corrupted=np.zeros(3))
+    np.testing.assert_equal(SweepResult(made).pvalue().item(), expected)

@@ -33,13 +33,15 @@ class _Sums:
     def of(cls, table: Table, flat: bool) -> _Sums:
         moved = measures.change(table)
         ends = np.ones(len(moved)) if flat else measures.span(table)
-        there = ~np.isnan(moved) & np.isfinite(ends)[:, None]
+        # Where there is no effect, as total effects cancel, there is none of a draw either.
+        there = ~np.isnan(moved if flat else measures.effect(table))
         return cls(np.where(there, moved, 0.0), np.where(there, ends[:, None], 0.0))
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """`[draw, cell]`: the averages with these weights, `[draw, prompt]`."""
+        """`[draw, cell]`: the averages with these weights, `[draw, prompt]`; NaN where total effects cancel."""
         with measures.quiet():
-            return (weights @ self.moved) / (weights @ self.whole)
+            whole, size = weights @ self.whole, weights @ np.abs(self.whole)
+            return np.where(np.abs(whole) > measures.TINY * size, (weights @ self.moved) / whole, np.nan)
 
 
 def interval(table: Table, level: float, draws: int, seed: int) -> np.ndarray:
@@ -52,8 +54,9 @@ def interval(table: Table, level: float, draws: int, seed: int) -> np.ndarray:
     for cells in _chunks(len(table.cells), draws):
         part = _Sums(sums.moved[:, cells], sums.whole[:, cells])
         drawn = part.drawn(_resampled(len(table.clean), draws, seed))
-        some = np.isfinite(drawn).any(0)
-        found[np.arange(len(table.cells))[cells][some]] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0).T
+        some = np.flatnonzero(np.isfinite(drawn).any(0))
+        if len(some):
+            found[cells.start + some] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0).T
     found[_in_few(table)] = np.nan
     return found
 
@@ -68,8 +71,8 @@ def pvalues(table: Table, draws: int, seed: int) -> np.ndarray:
     prompts = len(moved)
     exact = prompts <= EXACT
     observed = np.abs(moved.sum(0))
-    # A tolerance for sums of the same numbers in another order.
-    least = observed * (1 - 1e-12)
+    with measures.quiet():  # a tolerance for sums of the same numbers in another order; they may nearly cancel
+        least = observed - 1e-12 * np.abs(moved).sum(0)
     if exact:
         patterns = np.arange(2**prompts)
         signs = 1.0 - 2.0 * ((patterns[:, None] >> np.arange(prompts)) & 1)
@@ -79,7 +82,7 @@ def pvalues(table: Table, draws: int, seed: int) -> np.ndarray:
     for cells in _chunks(len(table.cells), len(signs)):
         as_far[cells] = (np.abs(signs @ moved[:, cells]) >= least[cells]).sum(0)
     found = as_far / len(signs) if exact else (as_far + 1) / (len(signs) + 1)
-    found[_in_few(table)] = np.nan
+    found[_in_few(table) | ~np.isfinite(observed)] = np.nan
     return found
 
 
@@ -90,7 +93,7 @@ def stability(table: Table, k: int, draws: int, seed: int) -> float:
         raise BadArgument(f"stability({k!r})", expected=f"how many of the first cells to compare: 1 to {count}")
     if len(table.clean) < 2:
         raise BadArgument("one prompt cannot be drawn anew", expected="a result of several prompts")
-    sums = _sums(table, draws)
+    sums = _sums(table, draws, flat=bool(np.isnan(measures.effect(table)).all()))  # as `best` decides
     first = _first(sums.drawn(np.ones((1, len(table.clean)))), k)[0]
     shared: list[float] = []
     weights = _resampled(len(table.clean), draws, seed)
