@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nnsplice as ns
 from nnsplice.errors import BadArgument, KeyMismatch
 from nnsplice.results import SweepResult
+from nnsplice.results.wording import clean_tokens
 from results.tables import part, table
+from zoo import wrap
 
 
 @pytest.fixture
@@ -68,3 +71,24 @@ def test_unedited_runs_may_differ_by_their_rounding(result: SweepResult) -> None
         far = SweepResult(replace(second, **{name: getattr(second, name) + 1}))
         with pytest.raises(KeyMismatch, match=f"other values of {name}"):
             SweepResult.merge([first, far])
+
+
+def test_an_infinite_metric_of_one_prompt_hides_no_difference_of_another(result: SweepResult) -> None:
+    half = np.arange(28).reshape(2, 14) % 2 == 0
+    infinite = replace(result.table, clean=np.array([-np.inf, 4.0]))
+    first, second = part(infinite, half), part(infinite, ~half)
+    assert SweepResult.merge([first, second]) == SweepResult(infinite)
+    with pytest.raises(KeyMismatch, match="other values of clean"):
+        SweepResult.merge([first, SweepResult(replace(second.table, clean=np.array([-np.inf, 9.0])))])
+
+
+def test_parts_in_any_order_show_each_prompt_beside_its_own_partner() -> None:
+    model = wrap("gpt2")
+    pairs = ["w3 w4 w5", "w6 w4", "w7 w8"], ["w9 w4 w5", "w10 w4", "w11 w8"]
+    plan = ns.plan_sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff(["w3", "w4", "w5"], "w6"))
+    whole = ns.run(plan, model, progress=False)
+    parts = [ns.run(plan.take(rows), model, progress=False) for rows in ([2], [1, 0])]
+    merged = SweepResult.merge(parts)
+    assert merged.table.labels == whole.table.labels
+    assert [clean_tokens(merged.table, n) for n in range(3)] == [("w3", "w4", "w5"), ("w6", "w4"), ("w7", "w8")]
+    assert clean_tokens(SweepResult.merge(parts[:1]).table, 0) == ("w7", "w8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,6 @@ def _spread(tables: Sequence[Table]) -> list[Table]:
     place = {number: at for at, number in enumerate(numbers)}
     unedited = {name: np.full((len(numbers), *tables[0].clean.shape[1:]), np.nan) for name in ("clean", "corrupted")}
     exists = np.zeros((len(numbers), len(tables[0].cells)), dtype=bool)
-    tokens: dict[int, tuple[str, ...]] = {}
     for at, table in enumerate(tables):
         rows = np.array([place[number] for number in table.prompts.tolist()])
         for name, whole in unedited.items():
@@ -72,20 +71,28 @@ def _spread(tables: Sequence[Table]) -> list[Table]:
                 )
             whole[rows] = np.where(known, there, new)  # of a prompt in several parts, the value of the first
         exists[rows] |= table.exists
-        tokens.update(zip(table.prompts.tolist(), table.tokens, strict=False))
-    texts = tuple(tokens[number] for number in numbers) if tokens else ()
-    return [_extended(table, place, asked, exists, texts, unedited) for table in tables]
+    words = {key: text for table in tables for key, text in table.labels.get("words", {}).items()}
+    clean = _each(tables, numbers, lambda table: table.labels.get("clean", ()))
+    more = {
+        **unedited, "asked": asked, "tokens": tuple(_each(tables, numbers, lambda table: table.tokens)),
+        "labels": {"words": words, **({"clean": clean} if clean else {})},
+    }  # fmt: skip
+    return [_extended(table, place, exists, more) for table in tables]
+
+
+def _each(tables: Sequence[Table], numbers: Sequence[int], rows_of: Callable[[Table], Sequence[Any]]) -> list[Any]:
+    """What the parts have for each of these prompts; empty where some have nothing."""
+    found = {n: row for table in tables for n, row in zip(table.prompts.tolist(), rows_of(table), strict=False)}
+    return [found[number] for number in numbers] if len(found) == len(numbers) else []
 
 
 def _extended(
     table: Table,
     place: Mapping[int, int],
-    asked: Mapping[str, Any],
     exists: np.ndarray,
-    tokens: tuple[tuple[str, ...], ...],
-    unedited: Mapping[str, np.ndarray],
+    more: Mapping[str, Any],
 ) -> Table:
-    """The table with its prompts at these rows of a larger one."""
+    """The table with its prompts at these rows of a larger one, which has these other fields."""
     rows = np.array([place[number] for number in table.prompts.tolist()])
     if any(array is not None for array in (table.edges, table.exact, table.counts, table.rest)):
         raise BadArgument("parts with edges, checked estimates or roles", expected="parts as they were run")
@@ -93,7 +100,7 @@ def _extended(
         raise KeyMismatch("two parts have other cells of one prompt", expected=SHARDS)
     values, done = np.full((len(exists), *table.values.shape[1:]), np.nan), np.zeros(exists.shape, dtype=bool)
     values[rows], done[rows] = table.values, table.done
-    return replace(table, values=values, done=done, exists=exists, tokens=tokens, asked=asked, **unedited)
+    return replace(table, values=values, done=done, exists=exists, **more)
 
 
 def _check_same(first: Table, other: Table, number: int) -> None:
@@ -125,7 +132,9 @@ def _same(name: str, a: np.ndarray, b: np.ndarray) -> bool:
 
 def agree(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether the metrics of two unedited runs of the same prompts are equal up to rounding in any precision."""
-    return bool(np.isclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs([a, b]).max(initial=0))).all())
+    sizes = np.abs([a, b])
+    largest = float(sizes.max(initial=0, where=np.isfinite(sizes)))
+    return bool(np.isclose(a, b, rtol=ROUNDING, atol=ROUNDING * largest).all())
 
 
 def together(runs: Sequence[Run]) -> Run:
