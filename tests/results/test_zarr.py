@@ -13,7 +13,8 @@ import pytest
 
 import nnsplice as ns
 from nnsplice.errors import FileError, MissingPackage
-from nnsplice.results import SweepResult
+from nnsplice.results import Cell, SweepResult
+from results.tables import table
 from zoo import wrap
 
 needs_zarr = pytest.mark.skipif(
@@ -130,3 +131,53 @@ def test_without_obstore_an_address_is_refused(result: SweepResult, tmp_path: Pa
     with pytest.raises(MissingPackage, match=r"nnsplice\[cloud\]"):
         result.to_zarr("s3://bucket/r.zarr")
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_zarr
+def test_parts_of_a_sum_keep_their_rest(tmp_path: Path) -> None:
+    parts = ns.lens.direct(wrap("gpt2"), ["w3 w4 w5", "w3 w4"], ns.logit_diff("w7", "w8"), progress=False)
+    parts.to_zarr(tmp_path / "r.zarr")
+    again = SweepResult.from_zarr(tmp_path / "r.zarr")
+    assert again == parts
+    np.testing.assert_array_equal(again.rest, parts.rest)
+
+
+def _unlike() -> SweepResult:
+    """Positions and spans of one kind of site, features, and a first prompt of which nothing was measured."""
+    sae = 'layers[0].output.sae["s"]'
+    cells = [
+        *(Cell(f"layers[0].output[{n}]", "layers[:].output", layer=0, position=n) for n in range(2)),
+        Cell('layers[0].output["subject"]', "layers[:].output", layer=0, position="subject"),
+        *(Cell(f"{sae}.features[{n}][0]", f"{sae}.features[:]", layer=0, feature=n, position=0) for n in range(2)),
+        Cell("layers[0].heads[0].pattern[1][0]", "layers[:].heads[:].pattern", layer=0, head=0, position=1, key=0),
+    ]  # fmt: skip
+    made = table(cells, (("a", "b"),) * 3)
+    done = np.ones((3, 6), dtype=bool)
+    done[0], done[1, 3:] = False, False  # prompt 1 has no features and no edges
+    return SweepResult(replace(made, done=done))
+
+
+def test_columns_have_one_type_in_all_prompts() -> None:
+    result = _unlike()
+    frames = list(result.frames())
+    assert [len(frame) for frame in frames] == [0, 3, 6]
+    whole = result.frame()
+    for frame in frames:
+        assert frame.dtypes.to_dict() == whole.dtypes.to_dict()
+    assert str(whole["key"].dtype) == "Int64" and whole["key"].dropna().tolist() == [0]
+
+
+@needs_parquet
+def test_rows_of_unlike_prompts_go_to_parquet(tmp_path: Path) -> None:
+    import pandas as pd
+
+    result = _unlike()
+    result.to_parquet(tmp_path / "r.parquet")
+    found, rows = pd.read_parquet(tmp_path / "r.parquet"), result.frame()
+    assert list(found) == list(rows)
+    assert found["position"].tolist() == ["0", "1", "subject", "0", "1", "subject", "0", "0", "1"]
+    assert found["feature"].tolist()[-3:-1] == [0, 1] and found["feature"].isna().sum() == 7
+    np.testing.assert_array_equal(found["value"], rows["value"])
+    nothing = SweepResult(replace(result.table, done=np.zeros((3, 6), dtype=bool)))
+    nothing.to_parquet(tmp_path / "none.parquet")
+    assert list(pd.read_parquet(tmp_path / "none.parquet")) == list(rows)

@@ -138,13 +138,14 @@ def _rows(table: Table, prompts: np.ndarray, numbers: np.ndarray, effects: np.nd
     cells = [table.cells[n] for n in numbers]
     columns: dict[str, Any] = {
         "prompt": table.prompts[prompts],
-        "component": [cell.component for cell in cells],
-        **_columns(cells),
+        "component": pd.array([cell.component for cell in cells], dtype="str"),  # texts also where there are none
+        **_columns(table, cells),
     }
-    columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
+    tokens = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
+    columns["token"] = pd.array(tokens, dtype="str")
     for name in ("key", "role", "set"):
         if any(getattr(cell, name) is not None for cell in table.cells):
-            columns[name] = [getattr(cell, name) for cell in cells]
+            columns[name] = _labels_column(table, cells, name)
     if table.counts is not None:
         columns["n"] = table.counts[prompts, numbers].astype(int)
     columns["value"] = table.values[prompts, numbers]
@@ -152,7 +153,7 @@ def _rows(table: Table, prompts: np.ndarray, numbers: np.ndarray, effects: np.nd
         columns["exact"] = table.exact[prompts, numbers]
     columns["effect"] = effects[prompts, numbers]
     columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
-    columns["path"] = [cell.path for cell in cells]
+    columns["path"] = pd.array([cell.path for cell in cells], dtype="str")
     return pd.DataFrame(columns)
 
 
@@ -176,8 +177,8 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     cells = [table.cells[number] for number in order]
     columns: dict[str, Any] = {"component": [cell.component for cell in cells]}
     used = {axis for axis in (*AXES, *NAMED) if any(getattr(cell, axis) is not None for cell in table.cells)}
-    columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
-    columns |= {name: [getattr(cell, name) for cell in cells] for name in ("key", "role", "set") if name in used}
+    columns |= {axis: column for axis, column in _columns(table, cells).items() if axis in used}
+    columns |= {name: _labels_column(table, cells, name) for name in ("key", "role", "set") if name in used}
     if len(table.clean) == 1:
         columns["token"] = [token(table, 0, cell.position) for cell in cells]
     columns |= {name: measures.mean(values)[order] for name, values in found.items()}
@@ -240,17 +241,18 @@ def no_mean(table: Table, kind: str | None = None) -> str | None:
     return f"the prompts have {counts} tokens, so one position is another thing in each of them and in some is missing"
 
 
-def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
-    """The axes of cells as columns; heads and the like stay integers where some rows have none."""
+def _columns(table: Table, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The axes of some cells of a table as columns."""
+    names = [name for name in AXES if name != "feature" or any(cell.feature is not None for cell in table.cells)]
+    return {name: _labels_column(table, cells, name) for name in (*names, "position")}
+
+
+def _labels_column(table: Table, cells: Sequence[Cell], name: str) -> Any:
+    """One field of some cells: integers, also where some have none, unless a cell of the table has a text."""
     import pandas as pd
 
-    columns: dict[str, Any] = {axis: pd.array([getattr(c, axis) for c in cells], dtype="Int64") for axis in AXES}
-    if not any(cell.feature is not None for cell in cells):
-        del columns["feature"]
-    positions = [cell.position for cell in cells]
-    spans = any(isinstance(position, str) for position in positions)
-    columns["position"] = pd.array(positions, dtype="object" if spans else "Int64")
-    return columns
+    texts = any(isinstance(getattr(cell, name), str) for cell in table.cells)
+    return pd.array([getattr(cell, name) for cell in cells], dtype="object" if texts else "Int64")
 
 
 def grid_points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:

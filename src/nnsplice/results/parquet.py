@@ -20,11 +20,14 @@ def write(path: str | os.PathLike[str], frames: Iterable[pd.DataFrame]) -> None:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingPackage("Parquet is written by pyarrow", write='pip install "nnsplice[parquet]"') from error
+    from pandas.api.types import is_numeric_dtype
+
     with whole(path) as temporary:
         writer: Any = None
         for frame in frames:
-            schema = None if writer is None else writer.schema
-            rows = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+            # One type of a column in all frames: what is no number is a text, also where it is missing everywhere.
+            texts = {name: "string" for name, kind in frame.dtypes.items() if not is_numeric_dtype(kind)}
+            rows = pa.Table.from_pandas(frame.astype(texts), preserve_index=False)
             writer = pq.ParquetWriter(temporary, rows.schema) if writer is None else writer
             writer.write_table(rows)
         if writer is not None:

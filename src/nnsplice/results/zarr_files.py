@@ -34,7 +34,7 @@ ATTRIBUTE = "nnsplice"
 RUN = "nnsplice run"
 _DIMS = {
     "values": ("prompt", "cell"), "done": ("prompt", "cell"), "exists": ("prompt", "cell"), "clean": ("prompt",),
-    "corrupted": ("prompt",), "counts": ("prompt", "cell"),
+    "corrupted": ("prompt",), "counts": ("prompt", "cell"), "rest": ("prompt",),
 }  # fmt: skip
 
 
@@ -121,6 +121,7 @@ class Growing:
             "kind": KIND,
             "format": FORMAT,
             "sums": sums,
+            "ends": row_sum(table.clean, table.corrupted),
             "run": dataclasses.asdict(table.run),
             **files.texts(table),
         }
@@ -132,9 +133,9 @@ def _header(table: Table, **sums: Any) -> str:
     return files.canonical({"kind": KIND, "format": FORMAT, "run": run, **sums, **files.texts(table)})
 
 
-def row_sum(values: np.ndarray, done: np.ndarray) -> str:
-    """A checksum of one prompt's cells."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes() + done.tobytes()).hexdigest()[:16]
+def row_sum(*arrays: np.ndarray) -> str:
+    """A checksum of one prompt's cells, or of other arrays."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def _array(group: Any, name: str, shape: tuple[int, ...], kind: np.dtype[Any]) -> Any:
@@ -189,6 +190,7 @@ def read(path: str | os.PathLike[str]) -> Table:
         if "sums" in header:  # the store was written prompt by prompt
             rows = zip(table.values, table.done, header["sums"], strict=True)
             same = all((row_sum(values, done) == there) if there else not done.any() for values, done, there in rows)
+            same = same and row_sum(table.clean, table.corrupted) == header["ends"]
         else:
             same = files.digest(table) == header["digest"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
