@@ -158,6 +158,20 @@ def test_an_outcome_that_the_disk_does_not_take_leaves_nothing(tmp_path: Path) -
     assert folder.done() == {0, 1, 2}
 
 
+@pytest.mark.parametrize("name", ["values", "unit"])
+def test_numbers_that_changed_on_the_disk_are_found(tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "run", 2)
+    assert Worker(folder).work() == 0
+    path = folder.path / folder.unit_file(1)
+    raw = bytearray(path.read_bytes())
+    if name == "values":
+        raw[-1] ^= 1  # a valid file with another number
+    path.write_bytes(raw if name == "values" else (folder.path / folder.unit_file(0)).read_bytes())
+    with pytest.raises(FileError, match="damaged: its numbers" if name == "values" else "holds unit 0"):
+        folder.outcome(1)
+    assert folder.outcome(0)[0]["values"].tobytes() == alone(2)[0]
+
+
 def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", 3, digest="aaaa")
     worker = _worker(folder, WORK_PAYLOAD_DIGEST="bbbb")

@@ -14,6 +14,7 @@ store, where a claim is a put that fails if the object exists.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -214,7 +215,7 @@ class RunFolder:
         """Write the outcome of a unit, atomically."""
         from safetensors.numpy import save
 
-        metadata = {"unit": str(number), "about": json.dumps(about)}
+        metadata = {"unit": str(number), "about": json.dumps(about), "sum": _sum(arrays)}
         self.store.write(self.unit_file(number), save(dict(arrays), metadata=metadata))
 
     def outcome(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -239,6 +240,11 @@ class RunFolder:
                 ) from None
         if metadata.get("unit") != str(number):
             raise FileError(f"{path} holds unit {metadata.get('unit')}", expected=f"unit {number}")
+        if metadata.get("sum") != _sum(arrays):
+            raise FileError(
+                f"{path} is damaged: its numbers are not those that were written",
+                expected="the file removed, and the unit run again",
+            )
         return arrays, from_json(metadata.get("about", "{}"), path)
 
     def done(self) -> set[int]:
@@ -317,6 +323,14 @@ class RunFolder:
 
     def _json(self, name: str) -> Any:
         return from_json(self.store.read(name), self.store.at(name))
+
+
+def _sum(arrays: Arrays) -> str:
+    """A checksum of an outcome."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return found.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
