@@ -276,3 +276,41 @@ def test_repeated_layers_need_the_model_that_repeats_them(tmp_path):
         expected = factors.get_delta_weight("default")
         found = adapter.layers["model.layers.3.self_attn.q_proj.weight"]
         assert torch.allclose(found.delta(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_factors_of_half_precision_are_multiplied_in_single(tmp_path, kind):
+    adapt("plain", tmp_path, lora_alpha=5, r=3)
+    path = tmp_path / "adapter_model.safetensors"
+    held = {name: factor.to(kind) for name, factor in load_file(path).items()}
+    save_file(held, path, metadata={"format": "pt"})
+    for name, pair in ExpertAdapter.from_peft(tmp_path).layers.items():
+        a, b = (held[f"base_model.model.{name.removesuffix('weight')}lora_{side}.weight"].double() for side in "AB")
+        exact = b @ a * (5 / 3)
+        torch.testing.assert_close(pair.delta().double(), exact, rtol=1e-5, atol=1e-7 * float(exact.abs().max()))
+        assert float(pair.energy) == pytest.approx(float(exact.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_factors_that_are_no_numbers_are_refused(tmp_path, number):
+    adapt("plain", tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    held = load_file(path)
+    name = next(name for name in held if "layers.1.self_attn.v_proj.lora_B" in name)
+    held[name][0, 0] = number
+    save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(FileError, match=r"layers\.1\.self_attn\.v_proj\.lora_B holds NaN or infinity"):
+        ExpertAdapter.from_peft(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plain", "conv1d", "embedding"])
+def test_factors_of_another_size_than_the_models_weight_are_refused(tmp_path, name):
+    adapt(name, tmp_path)
+    ExpertAdapter.from_peft(tmp_path, base=zoo.build(ADAPTERS[name][0]))
+    path = tmp_path / "adapter_model.safetensors"
+    held = load_file(path)
+    key = next(key for key in reversed(held) if key.endswith("lora_B.weight") or "lora_embedding_B" in key)
+    held[key] = held[key][:-1].contiguous()
+    save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(FileError, match=r"are for a matrix of (\d+) by (\d+), and the model's is"):
+        ExpertAdapter.from_peft(tmp_path, base=zoo.build(ADAPTERS[name][0]))

@@ -147,6 +147,10 @@ def test_files_that_are_no_optimizer(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(FileError, match=r"cannot be read|more than"):
         read_optimizer(tmp_path / "damaged.pt")
+    for content in (b"step,lr\n1,0.1\n", b'{"state": {}}', b"", b"hello"):
+        (tmp_path / "text.pt").write_bytes(content)
+        with pytest.raises(FileError, match=r"no file of torch\.save[\s\S]*optimizer\.state_dict\(\)"):
+            read_optimizer(tmp_path / "text.pt")
     torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(FileError, match=r"write: .*optimizer\.pt"):
         read_optimizer(tmp_path)

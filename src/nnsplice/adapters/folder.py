@@ -125,7 +125,7 @@ def _pairs(
     first = next((name for name in PAIRS if name in factors), None)
     if first is None or PAIRS[first] not in factors:
         raise FileError(f"{module} has {', '.join(factors)}", expected="a pair of lora_A and lora_B")
-    a, b = factors[first], factors[PAIRS[first]]
+    a, b = (_wide(factors[name], f"{module}.{name}") for name in (first, PAIRS[first]))
     parameter = _parameter(module, depth, config, modules, root)
     lacking = [name for name in ("r", "lora_alpha") if config.get(name) is None]
     if lacking:
@@ -147,14 +147,37 @@ def _pairs(
         transposed = True
     else:
         transposed = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
+    if root is not None:
+        _check_shape(module, (b.shape[0], a.shape[1]), unwrapped_module(root, module), transposed)
     pair = LoRAMatrices(a, b * scale, transposed=transposed, magnitude=_flat(factors.get("lora_magnitude_vector")))
     if pair.magnitude is not None and root is not None:
         pair = _exact(pair, unwrapped_module(root, module))
     return {name: pair}
 
 
+def _wide(factor: Tensor, name: str) -> Tensor:
+    """A factor in float32 at least, as half precision would round its scale, and its product, to three digits."""
+    if not torch.isfinite(factor.float()).all():
+        raise FileError(f"{name} holds NaN or infinity", expected="finite numbers")
+    return factor if factor.dtype == torch.float64 else factor.float()
+
+
 def _flat(magnitude: Tensor | None) -> Tensor | None:
     return None if magnitude is None else magnitude.flatten()
+
+
+def _check_shape(module: str, found: tuple[int, int], owner: nn.Module, transposed: bool) -> None:
+    """Raise where the product of two factors has another shape than the weight; packed weights have none to compare."""
+    weight = getattr(owner, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        return
+    shape = tuple(weight.shape[::-1] if transposed else weight.shape)
+    if found != shape:
+        raise FileError(
+            f"the factors of {module} are for a matrix of {found[0]} by {found[1]}, and the model's is {shape[0]} by "
+            f"{shape[1]}",
+            expected="the model that the adapter belongs to",
+        )
 
 
 def _exact(pair: LoRAMatrices, module: nn.Module) -> LoRAMatrices:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnsplice.errors import BadType, FileError, named
-from nnsplice.files import local_path
+from nnsplice.files import is_pickle, local_path
 
 #: Keys of a checkpoint under which it may keep the optimizer's state.
 _KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -118,12 +118,16 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
             path=path,
             write=f"{path / held[0]}" if held else None,
         )
+    if not path.is_file():
+        raise FileError("there is no such file", path=path, expected="a file of torch.save(...)")
+    if not is_pickle(path):
+        raise FileError(
+            "this is no file of torch.save", path=path, expected="what torch.save(optimizer.state_dict(), path) writes"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such pickles are refused below
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileError("there is no such file", path=path, expected="a file of torch.save(...)") from None
     except pickle.UnpicklingError as error:
         raise FileError(
             f"this file holds more than tensors and plain data, so it is not opened: {_reason(error)}",
