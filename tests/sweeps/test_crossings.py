@@ -6,11 +6,13 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import nnsplice as ns
@@ -95,6 +97,34 @@ def test_a_norm_behind_a_branch_is_none_of_its_weights() -> None:
     tuned = ns.load(copy.deepcopy(unwrap(base)), tokenizer=tokenizer())
     with pytest.raises(NnspliceError, match=r"stands behind this site|layers\[i\]"):
         ns.crossings(base, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_an_adapter_beside_the_weights_is_refused_with_the_way_to_merge_it(which: str, tmp_path: Path) -> None:
+    base = wrap("llama")
+    adapted = get_peft_model(
+        copy.deepcopy(unwrap(base)), LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path)
+    tuned = ns.load(adapted.eval(), tokenizer=tokenizer())
+    pair = (tuned, base) if which == "base" else (base, tuned)
+    for ask in (
+        lambda: ns.crossings(*pair, PROMPTS, "layers[:].mlp", METRIC, progress=False),
+        lambda: ns.sweep_weights(*pair, PROMPTS, "layers[:].mlp", METRIC, progress=False),
+        lambda: ns.weights.diff(*pair),
+        ns.weights.swap(*pair, "l0 mlp").__enter__,
+        ns.weights.interpolate(*pair, "l0 mlp", 0.5).__enter__,
+    ):
+        with pytest.raises(BadArgument, match=r"adapter of PEFT[\s\S]*down_proj\.base_layer[\s\S]*merge_and_unload"):
+            ask()
+    ns.crossings(*pair, PROMPTS, "layers[:].attn", METRIC, progress=False)  # there the two have the same names
+    # As the message says.
+    merged = ns.load(PeftModel.from_pretrained(copy.deepcopy(unwrap(base)), tmp_path).merge_and_unload(), tokenizer())
+    found = ns.crossings(base, merged, PROMPTS, "layers[:].mlp", METRIC, progress=False)
+    sites = [[f"layers[{n}].mlp.output"] for n in range(3)]
+    foreign = ns.sweep(base, PROMPTS, None, sites, METRIC, source=tuned, progress=False)
+    np.testing.assert_allclose(found.only("both").table.values, foreign.table.values, atol=1e-4)
 
 
 # --- over revisions ---------------------------------------------------------------------------------------------------

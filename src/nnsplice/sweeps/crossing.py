@@ -36,6 +36,7 @@ from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.targets import Target, TargetPart, cell_of
 from nnsplice.weights import select, swap
+from nnsplice.weights.regions import counterpart, regions
 
 #: The four runs: base input and weights, tuned input, tuned weights, both tuned; and the two Shapley values.
 CONDITIONS = ("neither", "fed", "computed", "both")
@@ -102,6 +103,7 @@ def crossings(
         places = [place for path in engine.listed(sites) for place in engine.expand(base, path)]
         for place in places:
             _check_site(base, place)
+            counterpart(base, tuned, regions(base, _weights(base, place)))  # raises where the two do not fit
         targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
         other_model.check_places(base, tuned, given, targets)
         in_tuned = other_model.counterparts(tuned, targets)
@@ -114,8 +116,7 @@ def crossings(
     ends = np.zeros((2, len(given)))
     cells = len(places) * len(given)
     with bar("crossings", cells, "cell", progress) as shown, engine.locked(base), engine.locked(tuned):
-        by_row = any(engine.has_code_by_row(one) for one in (base, tuned))
-        for rows in given.batches(base, at_most=1 if by_row else None):
+        for rows in given.batches(base, tuned):
             some = given.take(rows)
             ends[0][rows], ends[1][rows] = (_metric(bound, one, some, rows) for one in (base, tuned))
             for number, place in enumerate(places):

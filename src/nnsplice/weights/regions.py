@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, ParameterSlice, Selection, refuse_sharded, rest_of, unwrap
+from nnsplice.atlas.families import WRAPPED
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.warn import warn_caller
@@ -106,6 +107,19 @@ def _refuse_quantised(parameters: Iterable[tuple[str, Any]]) -> None:
             )
 
 
+def _refuse_adapter(names: Iterable[str], whose: str) -> None:
+    """Raise if one of two models that differ in their names has PEFT's layers around its own."""
+    wrapped = next((name for name in names if not set(WRAPPED).isdisjoint(name.split("."))), None)
+    if wrapped is not None:
+        raise BadArgument(
+            f"{whose} has an adapter of PEFT, whose factors stand beside its weights ({wrapped}), and the one that it "
+            "is compared with has none there",
+            expected="two models of plain weights, the adapter merged into them by peft",
+            write="plain = ns.models.unwrap(ns.load(name))\n"
+            "         tuned = ns.load(PeftModel.from_pretrained(plain, folder).merge_and_unload(), tokenizer)",
+        )
+
+
 def _masked(model: Any, root: nn.Module, masks: Mapping[Any, Any]) -> Iterator[Region]:
     atlas = Atlas.of(model)
     found: dict[str, Tensor | None] = {}
@@ -153,6 +167,8 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
     for region in wanted:
         tensor = held.get(region.name)
         if tensor is None:
+            _refuse_adapter((r.name for r in wanted), "this model")
+            _refuse_adapter(held, "the other model")
             raise BadArgument(
                 f"the other model has no {region.name}", expected=f"its names: {closest(region.name, held)}"
             )
