@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 
 from checkpoints.folders import read
 from nnsplice import checkpoints as ck
-from nnsplice.checkpoints.io import swap
+from nnsplice.checkpoints.io import staging, swap
 from nnsplice.errors import FileError, MapperError, MissingCheckpoint, WriteFailed
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_faults.py"
@@ -143,6 +144,21 @@ def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     ck.write_model_state_local(tmp_path / "ck", mapper, states(9), 2.5 * KB, False, resume=True)
     assert applied == ["t3", "t4", "t5"]  # t3 stood in a file that was not finished
     assert holds(tmp_path / "ck", 1) and [path.name for path in tmp_path.iterdir()] == ["ck"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_place_that_may_not_be_written_to_is_told_with_what_to_write_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def denied(_path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging, "Lock", denied)
+    with pytest.raises(
+        WriteFailed, match=r"expected: a destination in a folder that may be written[\s\S]*write: "
+    ) as told:
+        ck.write_model_state_local(tmp_path / "ck", ck.Identity("a"), [("a", torch.ones(2))], show_progress=False)
+    assert os.strerror(number) in str(told.value) and told.value.errno == number
 
 
 def test_finished_files_are_gone_on_with_where_the_last_step_failed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from errno import EDQUOT, ENOSPC
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from io import FileIO
 from pathlib import Path
 from typing import Any, cast
@@ -223,6 +223,18 @@ def _write_all(file: FileIO, view: memoryview) -> None:
         view = view[file.write(view) or 0 :]
 
 
+_FULL = (
+    "room for the new checkpoint beside the old one, which stays until then",
+    "resume=True   (goes on with the files that were finished, where there are any)",
+)
+_DENIED = (
+    "a destination in a folder that may be written to, as the new checkpoint is made beside the old one",
+    "another destination, such as a folder below $HOME",
+)
+#: The number of an OSError -> what is expected, and what to write instead.
+_ADVICE = {**dict.fromkeys((ENOSPC, EDQUOT), _FULL), **dict.fromkeys((EACCES, EPERM, EROFS), _DENIED)}
+
+
 @contextmanager
 def disk(path: Path, name: str) -> Generator[None]:
     """Raise an OSError as WriteFailed, with the file and the tensor."""
@@ -231,14 +243,8 @@ def disk(path: Path, name: str) -> Generator[None]:
     except OSError as error:
         if isinstance(error, NnspliceError):
             raise
-        full = error.errno in (ENOSPC, EDQUOT)
-        room = "room for the new checkpoint beside the old one, which stays until then"
-        again = "resume=True   (goes on with the files that were finished, where there are any)"
-        failed = WriteFailed(
-            f"{path}: {error.strerror or error} while writing {name}",
-            expected=room if full else None,
-            write=again if full else None,
-        )
+        expected, write = _ADVICE.get(error.errno or 0, (None, None))
+        failed = WriteFailed(f"{path}: {error.strerror or error} while writing {name}", expected=expected, write=write)
         failed.errno = error.errno
         raise failed from error
 
