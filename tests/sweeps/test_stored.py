@@ -71,6 +71,13 @@ def test_the_numbers_are_those_of_a_run_folder(tiny: Any, tmp_path: Path, severa
     np.testing.assert_array_equal(lazy["exists"].values, here.table.exists)
     again = ns.run(plan, LOAD, on="local:1", out=tmp_path / "r.zarr", **OPTIONS)
     assert _same(again, here)
+    if not several:
+        import zarr  # pyright: ignore[reportMissingImports]
+
+        array = zarr.open_group(tmp_path / "r.zarr", mode="r+")["clean"]
+        array[2] = float(array[2]) + 1
+        with pytest.raises(FileError, match="not what was written"):
+            ns.SweepResult.from_zarr(tmp_path / "r.zarr")
 
 
 @pytest.mark.usefixtures("_zarr")
