@@ -92,6 +92,20 @@ def test_every_kind_against_arithmetic_by_hand(kind: str, by_norm: bool, centred
     assert torch.equal(sae.added(features - features, values), torch.zeros_like(values))
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_feature_without_a_direction_adds_nothing(kind: str) -> None:
+    tensors = tensors_of(kind)
+    tensors["W_dec"][7] = 0
+    sae = ns.SAE(kind, tensors, k=4 if kind == "topk" else None, by_decoder_norm=True)
+    values = 3 * torch.randn(5, WIDTH, dtype=torch.float64)
+    kept = [n for n in range(FEATURES) if n != 7]
+    features = sae.encode(values)
+    directions = sae.tensors["W_dec"][kept].double()
+    expected = features[:, kept] @ (directions / directions.norm(dim=1, keepdim=True)) + sae.tensors["b_dec"].double()
+    torch.testing.assert_close(sae.decode(features), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(sae.added(torch.ones(5, 1), None, [7]), torch.zeros(5, WIDTH))
+
+
 def test_the_toy_model_has_one() -> None:
     sae = ns.load_sae(ns.models.embedded("toy") / "sae")
     assert (sae.kind, sae.features, sae.width, sae.k) == ("topk", 256, 64, 8)
@@ -245,6 +259,43 @@ def test_damaged_files(tmp_path: Path) -> None:
     save_file({**broken, "b_enc": torch.zeros(3)}, folder / "sae_weights.safetensors")
     with pytest.raises(FileError, match=r"b_enc of shape \[3\]"):
         ns.load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"apply_b_dec_to_input": "false"}, r"apply_b_dec_to_input is 'false'[\s\S]*true or false"),
+        ({"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm is 1"),
+        ({"k": True}, r"k is True[\s\S]*a whole number"),
+        ({"k": None, "activation_fn_kwargs": {"k": True}}, "topk SAE with k=True"),
+        ({"k": None, "activation_fn_kwargs": [4]}, r"activation_fn_kwargs is \[4\]"),
+        ({"architecture": ["topk"]}, r"architecture is \['topk'\]"),
+    ],
+)
+def test_settings_of_another_type_are_refused(setting: dict[str, Any], text: str, tmp_path: Path) -> None:
+    folder = _folder(tmp_path, "topk", k=4)
+    config = json.loads((folder / "cfg.json").read_text())
+    changed = {name: value for name, value in {**config, **setting}.items() if value is not None}
+    (folder / "cfg.json").write_text(json.dumps(changed))
+    with pytest.raises(FileError, match=text):
+        ns.load_sae(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(kind: torch.dtype) -> None:
+    with pytest.raises(BadArgument, match=str(kind)):
+        ns.SAE("standard", {**tensors_of("standard"), "b_dec": torch.ones(WIDTH).to(kind)})
+
+
+def test_a_factor_of_an_sae_of_half_precision_is_not_rounded(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, "standard", normalize_activations="expected_average_only_in")
+    half = {name: tensor.bfloat16() for name, tensor in tensors_of("standard").items()}
+    save_file(half, folder / "sae_weights.safetensors")
+    sae = ns.load_sae(folder, scaling_factor=0.37)
+    plain = ns.SAE("standard", {name: tensor.double() for name, tensor in half.items()}, centred=sae.centred)
+    values = torch.randn(5, WIDTH, dtype=torch.float64)
+    expected = plain.decode(plain.encode(values * 0.37)) / 0.37
+    torch.testing.assert_close(sae.decode(sae.encode(values)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_features_as_a_subspace() -> None:

@@ -75,7 +75,7 @@ class SAE:
                 raise BadArgument("a transcoder takes no bias from what it reads, and does not scale it")
             wanted |= {"W_enc": "rf", **({"W_skip": "wr"} if "W_skip" in held else {})}
         _check(held, wanted)
-        if self.kind == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= held["W_dec"].shape[0]):
+        if self.kind == "topk" and not (type(self.k) is int and 1 <= self.k <= held["W_dec"].shape[0]):
             raise BadArgument(f"a topk SAE with k={self.k!r}", expected=f"1 to {held['W_dec'].shape[0]}")
         if self.by_decoder_norm and self.kind not in ("topk", "batchtopk"):
             raise BadArgument(f"a {self.kind} SAE chooses no features by their decoder's norm")
@@ -201,7 +201,8 @@ class SAE:
         """The direction of each feature, for its value as it is encoded: `[feature, width]`."""
         t = self._tensors(like)
         directions = t["W_dec"] if chosen is None else t["W_dec"][list(chosen)]
-        return directions / directions.norm(dim=-1, keepdim=True) if self.by_decoder_norm else directions
+        # A direction of zeros adds nothing, whatever its feature is.
+        return torch.nn.functional.normalize(directions, dim=-1) if self.by_decoder_norm else directions
 
     def _scaled_back(self, out: Tensor, like: Tensor | None) -> Tensor:
         return out if like is None or self.norm == "none" else out * self._scaling(like.to(out))[1][1]
@@ -293,6 +294,8 @@ def _check(held: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
         shape = [length[axis] for axis in axes]
         if list(held[name].shape) != shape:
             raise ShapeError(f"{name} of shape {list(held[name].shape)}", expected=f"{shape}")
+        if not held[name].is_floating_point():
+            raise BadArgument(f"{name} is {held[name].dtype}", expected="floating point numbers")
         if not bool(torch.isfinite(held[name]).all()):
             raise BadArgument(f"{name} holds NaN or infinity", expected="finite numbers")
 

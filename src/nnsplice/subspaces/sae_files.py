@@ -38,6 +38,12 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "hook_head_index": (None,),
     "use_error_term": (False, None),
 }
+#: Other keys that change it, with the types of their values.
+_FORMS: Mapping[str, type] = {
+    "architecture": str, "activation_fn": str, "activation_fn_str": str, "activation_fn_kwargs": dict,
+    "normalize_activations": str, "apply_b_dec_to_input": bool, "rescale_acts_by_decoder_norm": bool, "k": int,
+}  # fmt: skip
+_IN_JSON: Mapping[type, str] = {str: "a text", dict: "an object", bool: "true or false", int: "a whole number"}
 
 
 def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = None) -> SAE:
@@ -120,6 +126,12 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
     config = from_json(text_of(folder / CONFIG), folder / CONFIG)
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} is no config", expected="an object of JSON")
+    for name, form in _FORMS.items():
+        if config.get(name) is not None and type(config[name]) is not form:
+            raise FileError(
+                f"{folder / CONFIG} says that {name} is {config[name]!r}",
+                expected=_IN_JSON[form],
+            )
     tensors = _read(weights)
     transcoder = config.get("architecture") in TRANSCODERS
     kind = _kind(folder, config)
@@ -203,7 +215,8 @@ def _scaled(
             expected="the factor",
             write="ns.load_sae(folder, scaling_factor=...), or 1.0 where it is folded into the weights",
         )
-    made = dict(tensors)
+    # Half precision would round every product.
+    made = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
     made["W_enc"] = made["W_enc"] * factor
     made["W_dec"], made["b_dec"] = made["W_dec"] / factor, made["b_dec"] / factor
     if by_decoder_norm and "threshold" in made:  # features are as large as what they add, and so is their threshold
