@@ -66,7 +66,7 @@ def test_captures_of_many_prompts(
 ) -> None:
     paths = ["layers[:].output[-1]", "layers[1].output[0]"]
     here = ns.capture_to(tmp_path / "a", model, PROMPTS, paths, chunk=2, progress=False)
-    captured, taken = capture_folder.capture, []
+    captured, taken = capture_folder.captured_within, []
 
     def stops(*args: Any, **options: Any) -> Any:
         if len(taken) == 2:
@@ -74,7 +74,7 @@ def test_captures_of_many_prompts(
         taken.append(1)
         return captured(*args, **options)
 
-    monkeypatch.setattr(capture_folder, "capture", stops)
+    monkeypatch.setattr(capture_folder, "captured_within", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.capture_to(f"{bucket}/a", model, PROMPTS, paths, chunk=2, progress=False)
     part = ns.SavedActivation.open(f"{bucket}/a")

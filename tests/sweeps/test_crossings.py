@@ -106,7 +106,7 @@ def test_an_adapter_beside_the_weights_is_refused_with_the_way_to_merge_it(which
     adapted = get_peft_model(
         copy.deepcopy(unwrap(base)), LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
     )
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     tuned = ns.load(adapted.eval(), tokenizer=tokenizer())
     pair = (tuned, base) if which == "base" else (base, tuned)
     for ask in (
