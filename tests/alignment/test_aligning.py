@@ -20,7 +20,7 @@ from nnsplice.alignment.parametrisations import METHODS
 from nnsplice.alignment.untrained import untrained
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, RefusedPlace, ShapeError, UnknownPath
-from nnsplice.packed import Base
+from nnsplice.packed import BaseRuns
 from nnsplice.sweeps import plan_sweep
 from nnsplice.sweeps.packing import row_of
 from zoo import double, wrap
@@ -76,7 +76,7 @@ def test_gradients_through_packed_rows_are_those_of_plain_hooks(family: str, met
         part = METHODS[method].make(16, 3, torch.Generator().manual_seed(target)).double()
         part.begin(0.5)
         jobs = side.jobs(target, range(len(BASE)))
-        base = Base(model, plan.corrupted, memo=memo_of(side))
+        base = BaseRuns(model, plan.corrupted, memo=memo_of(side))
         ran = packed.run(base, [row_of(side.work, job, part.change) for job in jobs], keep_graph=True)
         logits = ran.head.logits(ran.states(), keep_graph=True)
         loss = -torch.stack([logits[n].log_softmax(-1)[20 + pair] for n, (pair, _) in enumerate(jobs)]).sum()

@@ -11,7 +11,7 @@ import torch
 import nnsplice as ns
 from nnsplice.activations.encoding import encode
 from nnsplice.atlas import unwrap
-from nnsplice.packed import Base
+from nnsplice.packed import BaseRuns
 from nnsplice.packed.recording import Recording, record, ways
 from nnsplice.sweeps import choosing, plan_sweep, run
 from zoo import double
@@ -22,7 +22,7 @@ METRIC = ns.logit_diff("w7", "w8")
 
 def _recorded(model: Any, way: str) -> Recording:
     prompts = encode(model, PROMPTS)
-    return record(Base(model, prompts, memo={"way": way}), range(len(PROMPTS)))
+    return record(BaseRuns(model, prompts, memo={"way": way}), range(len(PROMPTS)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox", "opt", "gpt_oss"])
@@ -43,7 +43,7 @@ def test_a_padded_pass_records_what_a_pass_for_each_length_does(family: str) -> 
 def test_prompts_run_together_as_long_as_no_more_padding_than_tokens_runs() -> None:
     model = double("llama")
     texts = [" ".join(["w3"] * length) for length in (20, 2, 2, 3, 19)]
-    recording = record(Base(model, encode(model, texts), memo={"way": "padded"}), range(len(texts)))
+    recording = record(BaseRuns(model, encode(model, texts), memo={"way": "padded"}), range(len(texts)))
     assert list(recording.bases) == [0, 4, 3, 1, 2]  # by length, and 36 of 80 tokens are padding before the last
     assert recording.cost.forwards == 2
     assert recording.cost.tokens == 3 * (4 * 20 + 2)  # at three layers, padding too

@@ -15,7 +15,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.activations.encoding import encode
 from nnsplice.errors import OverlappingWrite
-from nnsplice.packed import Base, Edit, Read, Row, run
+from nnsplice.packed import BaseRuns, Edit, Read, Row, run
 from nnsplice.packed.sae_edits import PartChange
 from nnsplice.paths import Path
 from zoo import FAMILIES, double, having
@@ -134,11 +134,11 @@ def test_rows_with_several_edits_at_any_layers_equal_hooks(family: str) -> None:
     while len(rows) < 12:
         row = _random_row(model, places, given.ids, chosen, generator)
         try:
-            run(Base(model, given), [row])
+            run(BaseRuns(model, given), [row])
         except OverlappingWrite:
             continue
         rows.append(row)
-    ran = run(Base(model, given), rows)
+    ran = run(BaseRuns(model, given), rows)
     for number, row in enumerate(rows):
         expected, _ = by_hooks(model, given.ids[row.prompt], row)
         torch.testing.assert_close(ran.ends[number], expected, rtol=0, atol=2e-12)
@@ -167,7 +167,7 @@ def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
         )
         rows.append(Row(prompt, (edit,), chosen.randrange(length) if number % 2 else None, tuple(reads)))
     rows = [row for row in rows if row.reads]
-    ran = run(Base(model, given), rows)
+    ran = run(BaseRuns(model, given), rows)
     for number, row in enumerate(rows):
         end, values = by_hooks(model, given.ids[row.prompt], row)
         if row.end is not None:
@@ -184,14 +184,14 @@ def test_a_token_before_all_edits_is_read_as_the_run_has_it() -> None:
     read = Read(read_at, (1, 4))
     row = Row(0, (Edit.of(edited, (3,), torch.ones(1, 16, dtype=torch.float64)),), None, (read,))
     _, (expected,) = by_hooks(model, given.ids[0], row)
-    found = run(Base(model, given), [row]).readings[0, read]
+    found = run(BaseRuns(model, given), [row]).readings[0, read]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-12)
 
 
 def test_a_head_and_the_whole_query_overlap_and_other_columns_of_one_matrix_do_not() -> None:
     """In GPT-2 queries, keys and values are columns of one output, and head 1 begins where no other site does."""
     model = double("gpt2")
-    base = Base(model, encode(model, PROMPTS))
+    base = BaseRuns(model, encode(model, PROMPTS))
     whole, head, keys = engine.expand(model, ["layers[0].attn.q", "layers[0].heads[1].q", "layers[0].groups[1].k"])
 
     def row(one: Path, other: Path, width: int, other_width: int) -> Row:

@@ -10,7 +10,7 @@ import torch
 
 from nnsplice import packed
 from nnsplice.alignment.pairs import PairRuns
-from nnsplice.packed import Base, Cost
+from nnsplice.packed import BaseRuns, Cost
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.operations import operation_of
@@ -34,7 +34,7 @@ def accuracies(
     changes = {target: operation_of("patch", subspace).apply for target, subspace in subspaces.items()}
     where = {pair: n for n, pair in enumerate(pairs)}, {target: n for n, target in enumerate(subspaces)}
     for some in blocks(side, pairs, room):
-        base = Base(work.model, plan.corrupted, memo=memo_of(side))
+        base = BaseRuns(work.model, plan.corrupted, memo=memo_of(side))
         jobs = [job for target in subspaces for job in side.jobs(target, some)]
         for chunk in fitting(side, jobs, room):
             ran = packed.run(base, [row_of(work, job, changes[job[1]]) for job in chunk], prompts=some)

@@ -23,7 +23,7 @@ from nnsplice.alignment.parametrisations import METHODS, TrainableSubspace
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound
-from nnsplice.packed import Base, Cost, Edit, Row
+from nnsplice.packed import BaseRuns, Cost, Edit, Row
 from nnsplice.sweeps.packing import row_of, tokens_of
 
 #: Bytes of recorded runs that are kept from epoch to epoch; beyond it they are recorded anew.
@@ -61,7 +61,7 @@ class Recordings:
 
     side: PairRuns
     batches: tuple[tuple[int, ...], ...]
-    bases: dict[int, Base] = field(default_factory=dict)
+    bases: dict[int, BaseRuns] = field(default_factory=dict)
     held: int = 0
     passes: int = 0
 
@@ -72,12 +72,12 @@ class Recordings:
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         return cls(side, tuple(tuple(block) for batch in batches for block in blocks(side, batch, room)))
 
-    def base(self, number: int) -> Base:
+    def base(self, number: int) -> BaseRuns:
         """The runs of a batch."""
         if number in self.bases:
             return self.bases[number]
         work = self.side.work
-        base = Base(work.model, self.side.plan.corrupted, memo=memo_of(self.side))
+        base = BaseRuns(work.model, self.side.plan.corrupted, memo=memo_of(self.side))
         recording, _ = packed.recorded(base, self.batches[number])
         self.passes += 1
         size = sum(t.numel() * t.element_size() for t in recording.entering)

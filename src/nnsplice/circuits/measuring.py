@@ -143,7 +143,7 @@ def measure(
     if question.source.trained_from is not None:
         return _measure_trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
-    room = engine.tokens_at_once(model, max_tokens)
+    at_once = engine.tokens_at_once(model, max_tokens)
     pruned: dict[Hashable, int] = {}
     which: list[int] = []
     kinds: list[EdgeMask] = []
@@ -166,9 +166,11 @@ def measure(
             length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length
             # A circuit is not split, so batches of prompts are sized for the largest one.
-            step = max(int(room / (length * held)), 1)
+            step = max(int(at_once / (length * held)), 1)
             for part in (rows[start : start + step] for start in range(0, len(rows), step)):
-                cost += _measure_group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
+                cost += _measure_group(
+                    question, part, at, [(n, kinds[n]) for n in order], at_once, values, clean, shown
+                )
     return CircuitMetrics(values[chosen][:, which], clean[chosen], cost)
 
 
@@ -219,7 +221,7 @@ def _measure_group(
     rows: list[int],
     at: int,
     circuits: Sequence[tuple[int, EdgeMask]],
-    room: int,
+    at_once: int,
     values: np.ndarray,
     clean: np.ndarray,
     shown: Any,
@@ -253,7 +255,7 @@ def _measure_group(
         )
         shown.update(len(chosen) * len(rows))
 
-    chunks = _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room)
+    chunks = _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, at_once)
     if engine.has_code_by_row(model):  # which has one row in a run of the prompt
         chunks = [[number] for numbers in chunks for number in numbers]
     for numbers in chunks:
@@ -261,13 +263,13 @@ def _measure_group(
     return cost + sum(done, Cost())
 
 
-def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) -> list[list[int]]:
+def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, at_once: int) -> list[list[int]]:
     """Groups of circuits that fit into memory together, by their tokens and the streams kept for each token."""
     chunks: list[list[int]] = []
     held: set[Hashable] = set()
     for number, mask in enumerate(masks):
         wider = held | sender_parts.kept_by(mask)
-        if not chunks or (len(chunks[-1]) + 1) * tokens * _tokens_for(wiring, len(wider)) > room:
+        if not chunks or (len(chunks[-1]) + 1) * tokens * _tokens_for(wiring, len(wider)) > at_once:
             chunks.append([])
             wider = sender_parts.kept_by(mask)
         chunks[-1].append(number)

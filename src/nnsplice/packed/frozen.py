@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.frozen_forward import FrozenForward
 from nnsplice.packed.frozen_rows import FrozenBranch, FrozenRow, Moved, moved_row
@@ -36,11 +36,11 @@ class FrozenResult:
     cost: Cost
 
 
-def run_frozen(base: Base, rows: Sequence[FrozenRow], branches: Sequence[FrozenBranch]) -> FrozenResult:
+def run_frozen(base: BaseRuns, rows: Sequence[FrozenRow], branches: Sequence[FrozenBranch]) -> FrozenResult:
     """Run rows in which all branches are frozen except those that they edit.
 
     Args:
-        base: keeps the outputs of all branches: `Base(..., keep=[branch.added for branch in branches])`.
+        base: keeps the outputs of all branches: `BaseRuns(..., keep=[branch.added for branch in branches])`.
         branches: all branches of the model.
 
     Raises:

@@ -14,7 +14,7 @@ from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site
 from nnsplice.packed.attention import PackedAttention, attention
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.edits import Numbered, Readings, edited, hooked
 from nnsplice.packed.frozen_rows import FrozenBranch, Moved, MovedRow
@@ -34,7 +34,7 @@ class _AllRead(Exception):  # no error: ends a block when all its reads are done
 class FrozenForward:
     """The state of a pass of rows with frozen branches, with the change of each row's stream (`delta`)."""
 
-    base: Base
+    base: BaseRuns
     recording: Recording
     rows: Sequence[MovedRow]
     branches: Sequence[FrozenBranch]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.forward import PackedForward
 from nnsplice.packed.recording import Recording
@@ -24,11 +24,11 @@ TOLERANCE = {torch.float64: 5e-6, torch.float32: 3e-4, torch.float16: 3e-2}
 HALF = 1e-1
 #: The most tokens of this check where attention runs the whole prompt of each row (`whole_prompts`).
 MOST_TOKENS = 1 << 16
-#: Key of `Base.memo`: the number of rows that passed the check, by the way of the recording.
+#: Key of `BaseRuns.memo`: the number of rows that passed the check, by the way of the recording.
 TRIED = "rows tried"
 
 
-def check_own_code(base: Base, recording: Recording, tokens: int, bucket: int) -> Cost:
+def check_own_code(base: BaseRuns, recording: Recording, tokens: int, bucket: int) -> Cost:
     """Check the user's code in the blocks, if there is any; returns the cost of the check.
 
     Args:

@@ -14,7 +14,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site, Tower
 from nnsplice.packed.attention import KeyValue, KeyValueRecorder, attention
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.whole_prompts import ModuleCall, recording_calls
 
 #: Arguments of a block that packed rows do not need: masks, caches.
@@ -37,7 +37,7 @@ class RecordedPass:
     logits: int
 
 
-def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> RecordedPass:
+def run_pass(base: BaseRuns, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> RecordedPass:
     """Run some prompts, padded on the right, and keep what packed rows need."""
     blocks = [root.get_submodule(block.module) for block in tower.blocks]
     backbone = root.get_submodule(tower.prefix)

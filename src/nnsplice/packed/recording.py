@@ -17,7 +17,7 @@ from nnsplice import engine
 from nnsplice.atlas import Atlas, Site, Tower
 from nnsplice.packed import heads, masks
 from nnsplice.packed.attention import KeyValue
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.indices import on_device
 from nnsplice.packed.passes import run_pass
@@ -59,7 +59,7 @@ class Recording:
     masks: Mapping[nn.Module, Tensor | None]
     #: The calls of attention modules that run whole prompts; else empty.
     whole: WholePrompts
-    #: The values of the sites in `Base.keep`: `[token, width]`.
+    #: The values of the sites in `BaseRuns.keep`: `[token, width]`.
     kept: Mapping[Site, Tensor]
     #: The model's own head.
     head: heads.Head
@@ -76,7 +76,7 @@ class Recording:
         return {name: _for_tokens(value, tokens) for name, value in self.calls[layer].items()}
 
 
-def record(base: Base, prompts: Sequence[int]) -> Recording:
+def record(base: BaseRuns, prompts: Sequence[int]) -> Recording:
     """Record these prompts in the way `base.memo["way"]`; without one, in the first way that works.
 
     Raises:
@@ -107,7 +107,7 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
     return recording
 
 
-def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
+def _recorded(base: BaseRuns, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
     lengths = base.prompts.lengths("decoder")
     if engine.has_own_code(root.modules()):  # a user's hook may be written for one prompt at a time
         batches = [[prompt] for prompt in prompts]

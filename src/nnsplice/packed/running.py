@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nnsplice.packed.base import Base
+from nnsplice.packed.base_runs import BaseRuns
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.forward import PackedForward
 from nnsplice.packed.heads import Head
@@ -40,7 +40,7 @@ class PackedResult:
 
 
 def run(
-    base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False
+    base: BaseRuns, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False
 ) -> PackedResult:
     """Run rows together; their prompts may have different lengths.
 
@@ -73,7 +73,7 @@ def bucket_size(recording: Recording) -> int:
     return min(BUCKETS.get(recording.entering[0].device.type, 1), 1 << (longest - 1).bit_length())
 
 
-def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:
+def recorded(base: BaseRuns, prompts: Sequence[int]) -> tuple[Recording, Cost]:
     """The recorded pass of exactly these prompts, so that results never depend on earlier calls; and its cost.
 
     The cost is 0 if the pass was recorded before.

@@ -137,9 +137,9 @@ def run_cells(
                 texts[prompt][cell // 2 // (count + 1)][cell // 2 % (count + 1)] = text
         pending = [job for job in jobs if np.isnan(values[(0, *job)])]
         shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(pending)))
-        # A row of the batch is a cell, and code of the user's may tell rows apart.
-        alone = engine.has_code_by_row(model)
-        for chunk in _chunks(plan, pending, 0 if alone else room):
+        # A row of the batch is a cell, and a user's hook may treat rows differently: then each cell runs by itself.
+        by_row = engine.has_code_by_row(model)
+        for chunk in _chunks(plan, pending, 0 if by_row else room):
             session = Session(model, _rules(plan, chunk))
             found = measure(plan, chunk, session)
             fired = fired or any(bool(active.fired) for active in session.active_rules)

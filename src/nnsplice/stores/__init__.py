@@ -3,6 +3,7 @@
 store       the operations, and the store of a path or address
 local       a folder
 cloud       object stores, through obstore; the only file that imports it
+addresses   addresses of object stores
 files       single files: written atomically, read whole or in ranges
 """
 

@@ -2,49 +2,50 @@
 
 plan             Plan: the cells that will run, as plain data
 planned_cells    the fields of a plan, and the tokens that each cell changes
-planning         plan_sweep: prompts paired, sites expanded, cells that cannot change set apart
+planning         plan_sweep: pairs prompts, expands sites, separates cells that cannot change
 expansion        sites -> targets, in execution order
 targets          a cell with the sites and tokens that are changed for it
 sets             cells that change several sites together
 role_alignment   corresponding tokens of a pair by their roles
 corruption       embeddings changed in every edited run
-operations       what is done to a site
-subspace_fit     whether a subspace fits every site
+operations       patch, mean, zero, ...: the changes of a value
+subspace_fit     the check that a subspace has the width of every site
 knockouts        cells in which queries do not attend to some keys
-sources          the values that are written: of the clean run, of a reference, drawn
+sources          the values that are written: from the clean run, a reference, or noise
 pruning          cells that cannot change what the metric reads
-jobs             the cells of a plan as ranges
-identity         the request of a sweep as plain data, for results and journals
+jobs             the cells of a plan, stored as ranges
+identity         the identity of a sweep as plain data, for results and journals
 
 sweeping         sweep: plan and run in one call
 running          a plan run in this process
-chunking         jobs in chunks, and less at once when memory runs out
-collecting       the values while a sweep runs, with those of a journal
+chunking         jobs in chunks that fit into memory
+collecting       the values of a sweep while it runs, and its journal
 unedited         the clean and the corrupted run
 sequences        answers of several tokens
 executors        the reference and the batched executor
 packing          the packed executor
 choosing         the choice of an executor
-probing          the trial behind it: a few cells in every executor
+probing          the trial for that choice: a few cells in every executor
 probe_cells      the cells of the trial
-rounding         how far equal numbers may lie apart
-reading          the token whose logits a metric reads
+rounding         the tolerance of the trial
+reading          the position whose logits a metric reads
 
 dispatching      run: in this process, or in units by others
-distributed      a sweep's run folder: its workers, and its result
-pieces           a plan cut into units
-plan_files       a plan as files for other processes
+distributed      the run folder of a sweep: its units and its result
+pieces           the cuts of a plan into units
+plan_files       the files of a plan for other processes
 stored           values that go to a Zarr store
-tables           other requests over a plan's cells, in units of prompts
+tables           other questions about a plan's cells, in units of prompts
 
 recipes          ablate, causal_trace
-other_model      values of another model: what has to fit
-crossing         crossings: input or weights, of two models
-revisions        over_revisions: one job over checkpoints
-weights          sweep_weights: a tuned model's weights in its base, site by site
-weight_runs      the forward passes of that
-weight_units     the same in units of prompts
-prefix           runs that start at the first layer that differs
+options          the options that they pass on
+other_model      values from another model, and the checks that the models fit
+crossing         crossings: the effect of tuning split into a site's input and weights
+revisions        over_revisions: one job over training checkpoints
+weights          sweep_weights: a tuned model's weights in its base model, site by site
+weight_runs      the forward passes of sweep_weights
+weight_units     sweep_weights in units of prompts
+prefix           runs that skip the blocks before the first changed weights
 """
 
 from nnsplice.sweeps.crossing import crossings

@@ -53,11 +53,11 @@ class ChosenExecutor:
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, ProbeResult]] = weakref.WeakKeyDictionary()
 
 
-def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
+def choose(name: str, work: Work, trial_tokens: int = 0) -> tuple[str, str, Cost]:
     """The executor's name, the note of the result, and the cost of the trial.
 
     Args:
-        room: see `compare`.
+        trial_tokens: see `compare`.
 
     Raises:
         RefusedExecutor: the named executor gives other numbers here, or none.
@@ -86,7 +86,7 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
                 expected='executor="auto", which takes the fastest that does, and says in result.run.note why',
             )
         return name, "", Cost()
-    found, cost = _probed(work, room, own)
+    found, cost = _probed(work, trial_tokens, own)
     if found.way is not None:
         work.memo["way"] = found.way
     if name == "packed" and found.executor != "packed":
@@ -97,14 +97,14 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
     return found.executor, found.note, cost
 
 
-def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
+def _probed(work: Work, trial_tokens: int, own: bool) -> tuple[ProbeResult, Cost]:
     """The result of the trial for this work, and the cost of the trial.
 
     Args:
         own: whether code of the user's runs in the model: its effect may depend on variables, so nothing is remembered.
     """
     if own:
-        return compare(work, longest_prompt(work), room)
+        return compare(work, longest_prompt(work), trial_tokens)
     known = _trusted.setdefault(unwrap(work.model), {})
     key, longest = probe_key(work), longest_prompt(work)
     found = known.get(key)
@@ -114,7 +114,7 @@ def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
         return found, Cost()
     if len(known) > 256:  # a metric that is defined again in a loop has a new key each time
         known.clear()
-    known[key], cost = compare(work, longest, room)
+    known[key], cost = compare(work, longest, trial_tokens)
     return known[key], cost
 
 

@@ -62,11 +62,13 @@ def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list
 def tokens_at_once(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
     """The number of tokens that run at once in the first chunk and in later ones."""
     # Processes may have different amounts of free memory.
-    room = engine.ProcessGroup.of(model).minimum(engine.tokens_at_once(model, max_tokens))
+    limit = engine.ProcessGroup.of(model).minimum(engine.tokens_at_once(model, max_tokens))
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
-        return room, room
+        return limit, limit
     each = CostModel.of(model).token
-    return min(room, max(int(FIRST_FLOPS / each), LEAST_TOKENS)), min(room, max(int(CHUNK_FLOPS / each), LEAST_TOKENS))
+    return min(limit, max(int(FIRST_FLOPS / each), LEAST_TOKENS)), min(
+        limit, max(int(CHUNK_FLOPS / each), LEAST_TOKENS)
+    )
 
 
 def chunks(
@@ -77,14 +79,14 @@ def chunks(
     Args:
         first: the number of tokens of the first chunk, if it is smaller.
     """
-    room = at_once if first is None else first
+    limit = at_once if first is None else first
     for members in _together(work, executor, jobs):
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
-        if sum(sizes) <= 2 * room:
-            room = min(2 * room, at_once)  # the rest is not worth reading all weights again
+        if sum(sizes) <= 2 * limit:
+            limit = min(2 * limit, at_once)  # the rest is not worth reading all weights again
         at = 0
         while at < len(members):
-            chunk = members[at : at + fitting(members, sizes, prompts, room, at)]
+            chunk = members[at : at + fitting(members, sizes, prompts, limit, at)]
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -93,12 +95,12 @@ def chunks(
                 engine.ProcessGroup.of(work.model).refuse_out_of_memory(error)
                 if executor.forget is not None:
                     executor.forget(work)
-                room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2
+                limit = at_once = min(limit, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
             yield chunk, values, cost
-            at, room = at + len(chunk), at_once
+            at, limit = at + len(chunk), at_once
 
 
 def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:

@@ -81,8 +81,8 @@ def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
     return [max(encoder[prompt], decoder[prompt]) for prompt, _ in jobs]
 
 
-def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int = 0) -> int:
-    """The number of jobs, from job `at` on, that fit into one run of `room` tokens, with their prompts padded."""
+def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], limit: int, at: int = 0) -> int:
+    """The number of jobs, from job `at` on, that fit into one run of `limit` tokens, with their prompts padded."""
     own = total = longest = 0
     prompts_in_batch: set[int] = set()
     for number in range(at, len(jobs)):
@@ -91,7 +91,7 @@ def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], r
         if prompt not in prompts_in_batch:
             prompts_in_batch.add(prompt)
             total, longest = total + prompts[number], max(longest, prompts[number])
-        if max(own, padded_at_most(len(prompts_in_batch), total, longest)) > room:
+        if max(own, padded_at_most(len(prompts_in_batch), total, longest)) > limit:
             return max(number - at, 1)
     return len(jobs) - at
 

@@ -12,7 +12,7 @@ from nnsplice import engine
 from nnsplice import packed as engine_of_rows
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import unwrap
-from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, PackedResult, Row
+from nnsplice.packed import LOGITS, BaseRuns, Cost, Edit, Head, PackedResult, Row
 from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.executors import Executor, Work, measured
@@ -76,7 +76,7 @@ def _values(work: Work, prompt: int, part: TargetPart, place: Path, tokens: Mapp
     return values
 
 
-def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
+def base_of(work: Work, keep: tuple[Path, ...] = ()) -> BaseRuns:
     """The corrupted runs, which the jobs edit.
 
     Args:
@@ -84,7 +84,7 @@ def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
     """
     if "base" not in work.memo:
         around = lambda prompts: _corrupted(work, prompts)  # noqa: E731
-        work.memo["base"] = Base(work.model, work.plan.corrupted, around, keep, work.memo)
+        work.memo["base"] = BaseRuns(work.model, work.plan.corrupted, around, keep, work.memo)
     return work.memo["base"]
 
 

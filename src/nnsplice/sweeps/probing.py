@@ -66,19 +66,19 @@ class Comparison:
     values: list[Any]
 
 
-def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]:
+def compare(work: Work, longest: int, trial_tokens: int = 0) -> tuple[ProbeResult, Cost]:
     """Try all ways on a few cells, the fastest first, until one agrees with one run per cell.
 
     Args:
-        room: a plan whose jobs fit into this many tokens is run as a whole, and the cells are compared in that run; if
-            they agree, the values of all jobs are kept in the memo under `PROBE_VALUES`.
+        trial_tokens: a plan whose jobs fit into this many tokens is run as a whole, and the cells are compared in that
+            run; if they agree, the values of all jobs are kept in the memo under `PROBE_VALUES`.
     """
     probe = _Probe(work, probe_cells(work))
     cost, mismatch, raised = probe.cost, "", ""
     processes = engine.ProcessGroup.of(work.model).size
     if processes > 1:
         raised = f"this model is spread over {processes} processes, and packed rows run their attention in one"
-    whole = list(work.plan.jobs) if processes == 1 and _fits(work, room) else None
+    whole = list(work.plan.jobs) if processes == 1 and _fits(work, trial_tokens) else None
     for way in ways(whole_prompts(work, whole or probe.jobs)) if processes == 1 else ():
         work.memo["way"] = way
         try:
@@ -130,12 +130,12 @@ def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Jo
     return probe.packed(probe.jobs), None
 
 
-def _fits(work: Work, room: int) -> bool:
+def _fits(work: Work, trial_tokens: int) -> bool:
     """Whether all jobs of a plan fit into one pack of at most this many tokens."""
     jobs = work.plan.jobs
-    if len(jobs) > room:
+    if len(jobs) > trial_tokens:
         return False
-    return fitting(jobs, tokens_of(work, jobs), whole_prompts(work, jobs), room) == len(jobs)
+    return fitting(jobs, tokens_of(work, jobs), whole_prompts(work, jobs), trial_tokens) == len(jobs)
 
 
 def _reason(error: Exception) -> str:

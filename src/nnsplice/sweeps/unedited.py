@@ -23,12 +23,12 @@ from nnsplice.sweeps.sources import Captured, Source
 
 
 def clean_run(
-    model: engine.Model, plan: Plan, room: int, other: engine.Model | None = None
+    model: engine.Model, plan: Plan, at_once: int, other: engine.Model | None = None
 ) -> tuple[Tensor, Source, Cost]:
     """The clean run: the logits that the metric reads, `[prompt, vocab]`, the values for a patch, and the cost.
 
     Args:
-        room: the number of tokens that run at once.
+        at_once: the number of tokens that run at once.
         other: the model of the clean run, if it is another one.
     """
     prompts = plan.corrupted if plan.clean is None else plan.clean
@@ -62,7 +62,7 @@ def clean_run(
 
     targets = [place for target in plan.targets for place in target.places]
     read = targets if other is None else list(sites.values())
-    logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, read, clean=True)
+    logits, cost = _logits(model, plan, prompts, sorted(set(first)), at_once, keep, read, clean=True)
     if other is not None:
         # Values by the sites of the edited model, on its device.
         names = {site_of(there): site_of(place) for place, there in sites.items()}
@@ -75,7 +75,9 @@ def clean_run(
     return torch.stack([logits[row] for row in first]), Source(plan, captured), cost
 
 
-def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int] | None = None) -> tuple[Tensor, Cost]:
+def corrupted_run(
+    model: engine.Model, plan: Plan, at_once: int, rows: Sequence[int] | None = None
+) -> tuple[Tensor, Cost]:
     """The corrupted run: the logits that the metric reads, `[prompt, vocab]`, and the cost.
 
     Args:
@@ -84,7 +86,7 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int
     rows = range(len(plan.corrupted)) if rows is None else rows
     places = [place for target in plan.targets for place in target.places]
     logits, cost = _logits(
-        model, plan, plan.corrupted, rows, room, lambda rows: lambda: corrupt(model, plan, rows), places, clean=False
+        model, plan, plan.corrupted, rows, at_once, lambda rows: lambda: corrupt(model, plan, rows), places, clean=False
     )
     return torch.stack([logits[row] for row in rows]), cost
 
@@ -102,7 +104,7 @@ def _logits(
     plan: Plan,
     prompts: Prompts,
     chosen: Sequence[int],
-    room: int,
+    at_once: int,
     before: Callable[[Sequence[int]], Callable[[], None]],
     places: Sequence[Path],
     *,
@@ -114,7 +116,7 @@ def _logits(
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     # A user's hook may be written for one prompt at a time.
     one_by_one = engine.has_own_code(unwrap(model).modules())
-    batches = prompts.take(chosen).batches(model, at_most=1 if one_by_one else max(room // longest, 1))
+    batches = prompts.take(chosen).batches(model, at_most=1 if one_by_one else max(at_once // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
         first = before(rows)
         found: list[Tensor] = []

@@ -18,7 +18,7 @@ from nnsplice.work.worker import DONE, REFUSED
 POLL_WORKERS, POLL_FOLDER = 0.05, 0.5
 
 
-class Handle(Protocol):
+class WorkerHandle(Protocol):
     """A worker that an engine has started."""
 
     def poll(self) -> int | None:
@@ -30,7 +30,7 @@ class Handle(Protocol):
         ...
 
 
-def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progress: bool) -> None:
+def drive(folder: RunFolder, start: Callable[[int], WorkerHandle], workers: int, progress: bool) -> None:
     """Run all units with this many workers; failed units are in `folder.failures()`.
 
     Args:
@@ -42,7 +42,7 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
     """
     folder.share()
     lock = folder.store.lock("driver")
-    handles: dict[int, Handle] = {}
+    handles: dict[int, WorkerHandle] = {}
     try:
         folder.forgive()
         done = len(folder.done())

@@ -1,4 +1,4 @@
-"""`Base`: the unedited runs that rows start from."""
+"""`BaseRuns`: the unedited runs that rows start from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unchanged(_prompts: Sequence[int]) -> AbstractContextManager[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
+class BaseRuns:
     """The model and prompts that rows edit, with a cache (`memo`) of the recording and of checks."""
 
     model: engine.Model
