@@ -176,6 +176,14 @@ def test_a_tensor_that_is_no_direction_is_refused(given, layer, message) -> None
         ns.steering.SteeringVector.from_tensor(given, layer)
 
 
+def test_a_tensor_in_the_place_of_a_vector_is_answered_with_how_to_make_one(model) -> None:
+    with pytest.raises(ns.errors.BadType) as refused:
+        ns.steering.steer(model, torch.ones(16))  # type: ignore[arg-type]
+    (line,) = [line for line in str(refused.value).splitlines() if line.startswith("  write: ")]
+    made = eval(line.removeprefix("  write: ").replace("layer=3", "layer=1"), {"ns": ns, "tensor": torch.ones(16)})
+    assert ns.steering.steer(model, made).rules[0].vector.tolist() == [1.0] * 16
+
+
 def test_a_vector_of_another_model_of_the_same_width_warns_once_for_each_line(model, fitted) -> None:
     other = wrap("llama")
     with warnings.catch_warnings(record=True) as told:

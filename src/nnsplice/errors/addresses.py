@@ -63,7 +63,7 @@ class UnknownPath(NnspliceError, KeyError):
     nnsplice.errors.UnknownPath: model.transformer.h[0] has no part atn
         model.transformer.h[0].atn.output
                                ^
-      expected: attn
+      expected: attn, ln_1, ln_2, mlp
     >>> saved = ns.capture(model, "w3 w4", "layers[1].output[-1]")
     >>> saved["layers[2].output[-1]"]
     Traceback (most recent call last):
@@ -79,7 +79,7 @@ class UnknownParameter(NnspliceError, AttributeError):
     >>> ns.weights.preview_weight_restriction(model, {"transformer.wte.wight": None})
     Traceback (most recent call last):
     nnsplice.errors.UnknownParameter: this model has no parameter transformer.wte.wight
-      expected: transformer.wte.weight, transformer.wpe.weight, transformer.ln_f.weight
+      expected: transformer.wte.weight, transformer.wpe.weight, transformer.ln_f.weight, ... (41 in all)
     """
 
 

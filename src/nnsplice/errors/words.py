@@ -21,7 +21,7 @@ def closest(name: str, names: Iterable[str], n: int = 3) -> str:
     >>> closest("outptu", ["input", "output"])
     'output, input'
     >>> closest("outptu", ["input", "output", "q", "k", "v", "gate", "pattern"])
-    'output, input, ... (7 in all)'
+    'output, ... (7 in all)'
     """
     names = list(dict.fromkeys(names))
     near = get_close_matches(name, names, n=n, cutoff=0.5)

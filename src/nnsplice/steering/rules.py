@@ -210,7 +210,11 @@ def rules_of(
         ShapeError: a vector of several rows.
     """
     if not isinstance(vector, SavedActivation):
-        raise BadType(f"{named(vector)} is no vector", expected="what ns.steering.fit returns, or a capture of one row")
+        raise BadType(
+            f"{named(vector)} is no vector",
+            expected="what ns.steering.fit returns, or a capture of one row",
+            write="ns.steering.SteeringVector.from_tensor(tensor, layer=3)" if isinstance(vector, Tensor) else None,
+        )
     vector._check_saes(model)
     if vector.rows != 1:
         raise ShapeError(
