@@ -87,6 +87,14 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return summed.hexdigest()[:16]
 
 
+def arrays_digest(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
+    """A short digest of named arrays, and of a text that belongs to them."""
+    summed = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        summed.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return summed.hexdigest()[:16]
+
+
 def function_digest(rule: Any) -> str:
     """A function's identity: its code and what it was made with, so that a changed function is another metric."""
     return hashlib.sha256(repr(_made_of(rule)).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import nnsplice as ns
 from nnsplice.circuits.curves import Faithfulness, Point
+from nnsplice.errors import FileError
 from nnsplice.results import Run
 from zoo import double
 
@@ -189,3 +191,21 @@ def test_an_area_is_of_the_circuits_of_one_order_as_they_are_or_pruned() -> None
     report = Faithfulness(tuple(points), values, np.array([3.0]), np.array([1.0]), "m", Run("circuits", 0.0))
     np.testing.assert_allclose(report.f(), [0, 1, 0.5, 0.25, 2, 4])
     np.testing.assert_allclose([report.cpr, report.area("signed", pruned=True), report.cmd], [0.25, 0.1875, 1.0])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_file_with_another_number_is_refused(tmp_path: Path, changed: bool) -> None:
+    points = (Point("signed", False, 0.5, 3, 2), Point(None, True, 1.0, 6, 6))
+    values = np.arange(4, dtype=np.float64).reshape(2, 2)
+    report = Faithfulness(points, values, np.array([3.0, 4.0]), np.array([1.0, 2.0]), "m", Run("circuits", 0.5))
+    path = tmp_path / "report.safetensors"
+    report.to_file(path)
+    if not changed:
+        back = Faithfulness.from_file(path)
+        assert (back.points, back.metric, back.run, back.values.tolist()) == (points, "m", report.run, values.tolist())
+        return
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FileError, match="not what was written"):
+        Faithfulness.from_file(path)

@@ -265,6 +265,21 @@ def test_files(grid, model, tmp_path: Path) -> None:
         grid.values[0] = 1
 
 
+@pytest.mark.parametrize("part", ["the last number", "a coefficient"])
+def test_a_file_with_another_number_is_refused(grid, tmp_path: Path, part: str) -> None:
+    path = tmp_path / "s.safetensors"
+    grid.to_file(path)
+    raw = bytearray(path.read_bytes())
+    if part == "the last number":
+        raw[-1] ^= 1
+    else:
+        at = raw.index(b"coefficients") + len(b'coefficients\\":[')
+        raw[at] = ord("7") if raw[at] != ord("7") else ord("8")
+    path.write_bytes(raw)
+    with pytest.raises(FileError, match="not what was written"):
+        ns.steering.SteeringSweep.from_file(path)
+
+
 def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeypatch) -> None:
     from nnsplice.steering import cells as room
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -11,17 +10,13 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.circuits.scores import By
-from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import from_json
-from nnsplice.headers import read_header
-from nnsplice.results import Run
+from nnsplice.errors import BadArgument
+from nnsplice.results import Run, array_files
 from nnsplice.shown import counted
-from nnsplice.stores import opened, whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADER, KIND, FORMAT = "nnsplice", "Faithfulness", 1
 _ARRAYS = ("values", "full", "empty")
 
 
@@ -225,15 +220,11 @@ class Faithfulness:
         Args:
             path: the file to write, or its address in an object store.
         """
-        from safetensors.numpy import save_file
-
         record = {
-            "kind": KIND, "format": FORMAT, "points": [astuple(point) for point in self.points], "metric": self.metric,
-            "metrics": self.metrics, "run": asdict(self.run),
+            "points": [astuple(point) for point in self.points], "metric": self.metric, "metrics": self.metrics,
+            "run": asdict(self.run),
         }  # fmt: skip
-        with whole(path) as temporary:
-            arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-            save_file(arrays, temporary, metadata={HEADER: json.dumps(record)})
+        array_files.write(path, "Faithfulness", record, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Faithfulness:
@@ -255,24 +246,10 @@ class Faithfulness:
         Raises:
             FileError: the file is no such report, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with opened(path) as found:
-                header = read_header(path, local=found.local).metadata
-                record = from_json(header.get(HEADER, "{}"), f"the header of {path}")
-                if record.get("kind") != KIND or record["format"] > FORMAT:
-                    raise FileError(f"{path} holds no faithfulness", expected="a file of Faithfulness.to_file")
-                with safe_open(os.fspath(found.local), framework="np") as file:
-                    arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            points = tuple(Point(*point) for point in record["points"])
-            return cls(
-                points, **arrays, metric=record["metric"], run=Run(**record["run"]), metrics=tuple(record["metrics"])
-            )
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError(f"{path} is damaged or no safetensors file: {error}") from None
+        return array_files.read(path, "Faithfulness", _ARRAYS, lambda record, arrays: cls(
+            tuple(Point(*point) for point in record["points"]), **arrays, metric=record["metric"],
+            run=Run(**record["run"]), metrics=tuple(record["metrics"]),
+        ))  # fmt: skip
 
     def __repr__(self) -> str:
         if self.metrics:

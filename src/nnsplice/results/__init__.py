@@ -13,6 +13,7 @@ figure          the plane of a grid that a figure shows
 page            a self-contained HTML page; page.html is its template
 display         text and HTML representations
 files           files on disk, and the digest of a result
+array_files     files of a record and arrays, of results of other rooms
 pairs           results about pairs of sites: a square figure, both names in a table
 zarr_files      Zarr stores, with a chunk for each prompt
 parquet         Parquet files of the rows

@@ -15,7 +15,7 @@ directions      the methods of fit                      quality          the hel
 operators       add, project_out, clamp, ...            where            the tokens to steer
 rules           operator, site, tokens, condition       session          the hooks of an open block
 block           steer                                   steered_tokens   the tokens that a rule changes: Steering.show
-sweep, result   layers times coefficients               sweep_figures, sweep_files   figures and files of SteeringSweep
+sweep, result   layers times coefficients               sweep_figures    figures of SteeringSweep
 cells           many cells in one pass                  padding          prompts of different lengths as one batch
 datasets        public contrastive sets                 units            the sweep in units of prompts
 gguf            control vectors of llama.cpp

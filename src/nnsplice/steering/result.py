@@ -11,8 +11,9 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument
+from nnsplice.results import array_files
 from nnsplice.shown import counted, printable
-from nnsplice.steering import sweep_figures, sweep_files
+from nnsplice.steering import sweep_figures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -248,7 +249,7 @@ class SteeringSweep:
             "paths": self.paths, "layers": self.layers, "coefficients": self.coefficients, "prompts": self.prompts,
             "metric": self.metric, "asked": dict(self.asked), "texts": self.texts,
         }  # fmt: skip
-        sweep_files.write(path, header, {name: getattr(self, name) for name in _ARRAYS})
+        array_files.write(path, "SteeringSweep", header, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SteeringSweep:
@@ -260,7 +261,7 @@ class SteeringSweep:
         Raises:
             FileError: the file is no sweep of steering, or damaged.
         """
-        return sweep_files.read(path, _ARRAYS, lambda header, arrays: cls(
+        return array_files.read(path, "SteeringSweep", _ARRAYS, lambda header, arrays: cls(
             tuple(header["paths"]), tuple(header["layers"]), tuple(header["coefficients"]), **arrays,
             prompts=tuple(header["prompts"]), metric=header["metric"], asked=header["asked"],
             texts=tuple(tuple(tuple(row) for row in rows) for rows in header["texts"]),

@@ -14,7 +14,6 @@ store, where a claim is a put that fails if the object exists.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nnsplice.digests import arrays_digest
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, is_pickle, whole
 from nnsplice.stores import Store, opened, store_of
@@ -215,7 +215,7 @@ class RunFolder:
         """Write the outcome of a unit, atomically."""
         from safetensors.numpy import save
 
-        metadata = {"unit": str(number), "about": json.dumps(about), "sum": _sum(arrays)}
+        metadata = {"unit": str(number), "about": json.dumps(about), "sum": arrays_digest(arrays)}
         self.store.write(self.unit_file(number), save(dict(arrays), metadata=metadata))
 
     def outcome(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -240,7 +240,7 @@ class RunFolder:
                 ) from None
         if metadata.get("unit") != str(number):
             raise FileError(f"{path} holds unit {metadata.get('unit')}", expected=f"unit {number}")
-        if metadata.get("sum") != _sum(arrays):
+        if metadata.get("sum") != arrays_digest(arrays):
             raise FileError(
                 f"{path} is damaged: its numbers are not those that were written",
                 expected="the file removed, and the unit run again",
@@ -323,14 +323,6 @@ class RunFolder:
 
     def _json(self, name: str) -> Any:
         return from_json(self.store.read(name), self.store.at(name))
-
-
-def _sum(arrays: Arrays) -> str:
-    """A checksum of an outcome."""
-    found = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return found.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
