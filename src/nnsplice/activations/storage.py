@@ -2,11 +2,12 @@
 
 Each tensor has the name of its site, so single sites are read without the rest. Nothing is unpickled. A file is written
 under another name and renamed when it is complete. The header repeats the shape, the dtype and a checksum of every
-tensor, as a damaged file may still be valid safetensors.
+tensor, and has one of its own texts, as a damaged file may still be valid safetensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,7 @@ def write(
         keys[name] = [str(key) for key in pack.keys]
     header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "keys": keys, **_plain(provenance)}
     header["tensors"] = {name: [_kind(t), list(t.shape), f"{checksum(t):x}"] for name, t in tensors.items()}
+    header["sum"] = _sum(header)
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
 
@@ -116,7 +118,18 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
         raise FileError(f"the header of {path} is damaged, or of another kind", expected=f'"kind": "{KIND}"')
     if header["format"] > FORMAT:
         raise FileError(f"{path} has format {header['format']}; this nnsplice reads up to {FORMAT}")
+    written = header.pop("sum", None)  # files of older versions have none
+    if written not in (None, _sum(header)):
+        raise FileError(
+            f"{path} is damaged: its header is not what was written",
+            expected="a file that SavedActivation.to_file wrote",
+        )
     return header
+
+
+def _sum(header: Mapping[str, Any]) -> str:
+    """A checksum of the texts of a header: keys, prompts, tokens, spans."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(header)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _keys(
