@@ -253,6 +253,12 @@ def test_a_mistake_that_only_a_run_can_show(model) -> None:
             model._module.model.norm(torch.zeros(1, 2, 16, dtype=torch.float64))
 
 
+def test_the_logits_of_a_router_are_refused() -> None:
+    saved = ns.SavedActivation.from_pairs(("layers[1].mlp.router.output[-1]", torch.ones(1, 4)))
+    with pytest.raises(ns.errors.RefusedPlace, match="chosen inside the router"):
+        ns.steering.steer(wrap("mixtral"), saved)
+
+
 def test_derived_places_are_refused() -> None:
     mixture = wrap("mixtral", attn_implementation="eager")
     for place, width in (("layers[1].experts[2].output", 16), ("layers[1].heads[0].pattern", 4)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError
+from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, ShortRow, SpanError
 from nnsplice.sweeps import plan_sweep, run
 from zoo import wrap
 
@@ -240,3 +240,15 @@ def test_a_clean_run_that_an_operation_never_sees_is_told() -> None:
         ns.sweep(model, CLEAN, None, sites, METRIC, operation=operation, progress=False)
         # One that compares the two runs does see it.
         ns.sweep(model, CLEAN, CORRUPTED, sites, ns.kl_divergence(), operation=operation, progress=False)
+
+
+@pytest.mark.parametrize("sites", ["layers[1].mlp.router", [["layers[1].mlp.router", "layers[2].mlp"]]])
+def test_the_logits_of_a_router_are_refused_before_any_executor_is_chosen(sites: Any) -> None:
+    with pytest.raises(RefusedPlace, match="chosen inside the router") as refused:
+        plan_sweep(wrap("mixtral"), CLEAN, CORRUPTED, sites, METRIC)
+    assert "layers[1].experts[0].output" in str(refused.value)
+
+
+def test_a_router_by_a_native_path_is_told_by_its_layer() -> None:
+    with pytest.raises(RefusedPlace, match=r"layers\[1\]\.experts\[0\]\.output"):
+        plan_sweep(wrap("mixtral"), CLEAN, CORRUPTED, "model.model.layers[1].mlp.gate.output", METRIC)

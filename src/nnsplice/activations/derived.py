@@ -211,7 +211,8 @@ def expert_output(path: Path) -> Path:
 
 def refuse_routers(model: engine.Model, paths: Iterable[Path]) -> None:
     """Raise for a write to a router's logits, after which the model would still use the experts chosen before."""
-    routers = {block.router for tower in engine.map_of(model).atlas.towers.values() for block in tower.blocks} - {None}
+    towers = engine.map_of(model).atlas.towers.values()
+    routers = {block.router: block.index for tower in towers for block in tower.blocks if block.router is not None}
     for path in paths if routers else ():
         site = site_of(path)
         if site.module not in routers or site.end != "output" or site.item:
@@ -219,5 +220,5 @@ def refuse_routers(model: engine.Model, paths: Iterable[Path]) -> None:
         raise RefusedPlace(
             "the experts are chosen inside the router, so writing its logits would change nothing",
             path=path,
-            write=f"layers[{path.steps[0].index}].experts[0].output, or the router's input",
+            write=f"layers[{routers[site.module]}].experts[0].output, or the router's input",
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine
-from nnsplice.activations import SavedActivation, features
+from nnsplice.activations import SavedActivation, derived, features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import DERIVED, Site, host
@@ -258,6 +258,7 @@ def rules_of(
         label = name if feature is None else f"{name} {path.sae}"
         factors = coefficients(coefficient)
         rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, feature))
+    derived.refuse_routers(model, [rule.path for rule in rules])
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     closures.warn_of_joint_norms(model, (rule.path for rule in rules))
     steered, _ = engine.name_of(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nnsplice import closures, engine
+from nnsplice.activations import derived
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
@@ -42,6 +43,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
     joint = [target_of_set(model, known, members, edited) for members in sets]
     found += {target.cell.path: target for target in joint}.values()
     places = [place for target in found for place in target.places]
+    derived.refuse_routers(model, places)
     closures.require(model, places, written=True)
     closures.warn_of_joint_norms(model, places)
     return tuple(found)
