@@ -14,6 +14,7 @@ from attribution.oracle import NAMES, Names, Point, bare, ends, ids, kept, three
 from hooked import build as built
 from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
+from nnsplice.packed import ways
 from nnsplice.packed.frozen_forward import FrozenForward
 from nnsplice.sweeps.running import run_fresh
 from zoo import FAMILIES, MASKED, SEQ2SEQ, double, having, wrap
@@ -214,6 +215,39 @@ def test_what_has_no_branches_is_refused() -> None:
         ns.path_patch(model, CLEAN, CORRUPTED, "embed", "unembed", METRIC, progress=False)
 
 
+@pytest.mark.parametrize(("part", "token"), [("mlp", None), ("mlp", -1), ("attn", None)])
+def test_a_window_of_whole_branches_sends_what_each_of_them_adds(part: str, token: int | None) -> None:
+    """Direct changes of the stream add up in front of the final norm."""
+    module, at = bare("llama"), slice(None) if token is None else token
+    points = [Point(getattr(NAMES["llama"], part).format(layer)) for layer in (0, 1)]
+    clean, corrupted = kept(module, ids(CLEAN), points), kept(module, ids(CORRUPTED), points)
+
+    def moved(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[:, at] += torch.stack([clean[point] - corrupted[point] for point in points]).sum(0)[:, at]
+        return out
+
+    module.model.layers[2].register_forward_hook(moved)
+    sender = f"layers[1].{part}" + ("" if token is None else f"[{token}]")
+    value = _values(double("llama"), sender, "unembed", window=2)[0]
+    assert abs(value - ends(module, ids(CORRUPTED))) < 1e-12
+    assert abs(value - ends(bare("llama"), ids(CORRUPTED))) > 1e-3
+
+
+@pytest.mark.parametrize("sender", ["layers[1].heads[0]", "layers[1].attn[1]", "layers[1].neurons[2]"])
+def test_windows_of_senders_that_would_reach_each_other_are_refused(sender: str) -> None:
+    with pytest.raises(ns.errors.BadArgument, match="would reach each other's branches"):
+        _values(double("llama"), sender, "unembed", window=2)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver"), [("layers[0].mlp.router", "unembed"), ("layers[0].mlp", "layers[1].mlp.router")]
+)
+def test_the_logits_of_a_router_neither_send_nor_receive(sender: str, receiver: str) -> None:
+    with pytest.raises(ns.errors.RefusedPlace, match="chosen inside the router"):
+        _values(double("mixtral"), sender, receiver)
+
+
 def test_an_oracle_that_holds_less_still_differs() -> None:
     """The control: leave one branch free, and the numbers are others."""
     names = NAMES["gpt2"]
@@ -248,6 +282,35 @@ def test_packed_paths_are_the_three_runs_at_every_kind_of_place(family: str, mon
         assert (fast.run.executor, slow.run.executor) == ("packed paths", "paths"), fast.run.note
         assert np.nanmax(np.abs(fast.table.values - slow.table.values)) < 1e-12
         assert np.nanmax(fast.table.values) - np.nanmin(fast.table.values) > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("senders", "receivers"),
+    [
+        ("layers[0].groups[:].v[1]", "unembed"), ("layers[0].groups[:].k", "layers[2].groups[0].k[-1]"),
+        ("layers[0].heads[0].q[3]", "layers[1].mlp[3]"), ("layers[0].mlp[1]", "layers[2].heads[1].output"),
+        ("layers[0].mlp[1]", "layers[1].attn[3:]"), ("layers[0].mlp[1]", "layers[1].attn.o"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["gpt2", "llama", "olmo2"])
+def test_packed_paths_need_no_second_way_where_attention_is_exchanged(
+    family: str, senders: str, receivers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that runs whole prompts would make up for rows that leave out tokens which a change reaches."""
+    model = double(family)
+    monkeypatch.setattr(packed_paths, "ways", lambda lengths: ways(lengths)[:1])
+    fast = ns.path_patch(model, CLEAN, CORRUPTED, senders, receivers, METRIC, progress=False)
+    monkeypatch.setattr(path_patching, "chosen", lambda work, _, slow: (slow, "", packed_paths.Cost()))
+    slow = ns.path_patch(model, CLEAN, CORRUPTED, senders, receivers, METRIC, progress=False)
+    assert fast.run.executor == "packed paths", fast.run.note
+    assert np.abs(fast.table.values - slow.table.values).max() < 1e-12
+    assert np.abs(slow.table.values - slow.corrupted[0]).max() > 1e-9
+
+
+def test_logits_of_other_tokens_than_the_metric_reads_receive_nothing() -> None:
+    result = ns.path_patch(double("llama"), CLEAN, CORRUPTED, "layers[0].mlp", "unembed[3]", METRIC, progress=False)
+    assert (result.run.executor, result.run.known) == ("packed paths", 0)
+    assert abs(result.table.values[0, 0] - result.corrupted[0]) < 1e-12
 
 
 def test_paths_of_a_model_with_hooks_of_the_users_are_run_the_slow_way_and_say_why() -> None:

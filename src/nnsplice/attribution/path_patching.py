@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine, wire
-from nnsplice.activations import features
+from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
@@ -35,6 +35,7 @@ from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run_fresh
+from nnsplice.sweeps.targets import Target
 
 #: Options of `ns.sweep` that are refused: a path patch takes clean values, at the tokens of its senders.
 SET_HERE = ("operation", "reference", "corruption", "seed", "source")
@@ -75,15 +76,17 @@ def path_patch(
             at all tokens.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
         together: False makes each token of a sender without a position a cell, as `[:]` does.
-        **options: `spans`, `align` and `window` of `ns.plan_sweep`; `max_tokens`, `journal` and `progress` of `ns.run`.
+        **options: `spans`, `align` and `window` (of whole branches) of `ns.plan_sweep`; `max_tokens`, `journal` and
+            `progress` of `ns.run`.
 
     Returns:
         The metric with each sender patched.
 
     Raises:
         BadType: an option that does not exist.
-        BadArgument: a set of senders, a metric of several tokens, or no sender before a receiver.
-        RefusedPlace: a sender or receiver that is derived from several values, such as a pattern or one expert.
+        BadArgument: senders together that reach each other, a metric of several tokens, or no sender before a receiver.
+        RefusedPlace: a sender or receiver that is derived from several values, such as a pattern or one expert, or the
+            logits of a router.
     """
     if "executor" in options:
         raise BadArgument("path_patch has one way of running", expected="no executor=")
@@ -108,7 +111,7 @@ def planned(
     """The plan of a sweep whose sites are senders; the arguments are those of `path_patch`.
 
     Raises:
-        BadArgument: a set of senders, or a metric of several tokens.
+        BadArgument: senders together that reach each other, or a metric of several tokens.
     """
     plan = plan_sweep(model, clean, corrupted, senders, metric, together=together, **options)
     if plan.owners:
@@ -116,15 +119,26 @@ def planned(
             f"path_patch reads one position, and {plan.metric.metric.name} reads several",
             expected="a metric of single tokens, or several of them",
         )
-    joint = next((target for target in plan.targets if target.is_set), None)
+    branches = branches_of(model)
+    joint = next((target for target in plan.targets if target.is_set or _is_mixed(target, branches)), None)
     if joint is not None:
         # An earlier sender's effect on a later sender's branch would reach the receivers too.
         raise BadArgument(
             "senders that are patched together would reach each other's branches, and these the receivers",
             path=joint.cell.path,
-            expected="single senders, each a cell",
+            expected="single senders, each a cell; or a window of what whole branches add, attention at all tokens",
         )
     return plan
+
+
+def _is_mixed(target: Target, branches: Branches) -> bool:
+    """Whether an earlier sender of a window changes what a later one leaves of its branch."""
+    (part,) = target.parts
+    later = [(place, branch) for place in part.places[1:] if (branch := branches.of(place)) is not None]
+    return any(
+        site_of(place) != site_of(branch.added) or (branch.name == "attn" and part.position is not None)
+        for place, branch in later
+    )
 
 
 def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **running: Any) -> SweepResult:
@@ -180,6 +194,7 @@ class ReceiversBySender:
         received = dict.fromkeys(path for paths in expanded.values() for path in paths)
         for path in places:
             _check(path, branches, receives=path in received)
+        derived.refuse_routers(model, received)
         closures.warn_of_joint_norms(model, places)
         for path in received:
             tokens_of(path, plan.corrupted)
