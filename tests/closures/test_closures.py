@@ -86,6 +86,7 @@ def test_broken_layers_are_found_by_what_they_break(
         ("bloom", lambda b: {"layout": replace(b.layout, kind="concat")}, {"q", "k", "v", "heads"}),
         ("gemma2", lambda b: {"attn_added": b.attn}, {"attn"}),
         ("llama", lambda b: {"attn_added": f"{b.module}.post_attention_layernorm"}, {"attn"}),
+        ("llama", lambda b: {"attn_added": "model.layers"}, {"attn", "heads"}),  # which is never called
         ("llama", lambda b: {"mid": (b.mlp, "input"), "mid_kind": "stream"}, {"mid"}),
         ("gpt_neox", lambda b: {"mlp_added": b.attn}, {"mlp", "attn"}),
     ],

@@ -201,6 +201,13 @@ def test_where_clean_and_corrupted_are_the_same_there_is_no_share(end: float) ->
         assert np.isnan(none.effect()).all()
 
 
+def test_a_total_effect_without_an_end_is_no_part_of_the_mean() -> None:
+    result = SweepResult(table(stream_cells(), clean=np.array([np.inf, 3.0]), corrupted=np.array([0.0, 1.0])))
+    effect = result.effect()
+    assert np.isnan(effect[0]).all()
+    np.testing.assert_allclose(effect[1, :, :3], result.change()[1, :, :3] / 2.0)
+
+
 def test_small_scales_are_no_tiny_differences() -> None:
     small = SweepResult(table(stream_cells(), clean=np.array([2e-9, 1.0]), corrupted=np.array([1e-9, 0.0])))
     assert np.isfinite(small.effect()[0]).all()

@@ -18,7 +18,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow
 from nnsplice.paths import Slice
 from nnsplice.sweeps import Plan, plan_sweep, run
-from zoo import FAMILIES, double, having
+from zoo import FAMILIES, double, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7 w11", "w3 w9 w5 w6 w8 w11"
 METRIC = ns.logit_diff("w7", "w8")
@@ -308,6 +308,12 @@ def test_noise_at_a_site_is_the_same_in_a_set() -> None:
     # What comes last in the run decides alone, whatever was done before it.
     two = ns.sweep(model, CLEAN, None, [[last, "layers[2].mlp.output[0]"]], METRIC, operation="noise", progress=False)
     assert abs(one.table.values - two.table.values).max() < 1e-12
+
+
+def test_two_parts_of_what_one_module_returns_are_two_sites() -> None:
+    parts = [f"model.model.layers[1].mlp.gate.output[{item}][1]" for item in (1, 2)]  # the weights, and whose they are
+    (target,) = plan_sweep(wrap("mixtral"), CLEAN, CORRUPTED, [parts], METRIC).targets
+    assert len(target.parts) == 2
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
