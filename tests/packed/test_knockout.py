@@ -15,6 +15,7 @@ import torch
 import nnsplice as ns
 from nnsplice.activations.access import site_of
 from nnsplice.errors import BadArgument, MissingPosition, NnspliceError, PathError, RefusedPlace, ShortRow
+from nnsplice.packed import Cost
 from nnsplice.packed import running as packed_running
 from nnsplice.sweeps import plan_sweep, run
 from zoo import wrap
@@ -356,6 +357,16 @@ def test_a_query_whose_window_holds_nothing_else_is_refused() -> None:
     for executor in ("reference", "batched", "packed"):
         with pytest.raises(NnspliceError, match="left without any key"):
             ns.sweep(model, None, PROMPT, gone, METRIC, operation="knockout", executor=executor, progress=False)
+
+
+def test_packed_rows_find_a_query_whose_window_holds_nothing_else_by_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trial runs some cells one by one, and these refuse such a query; others are left to the packed rows."""
+    monkeypatch.setattr("nnsplice.sweeps.running.choose", lambda *_: ("packed", "", Cost()))
+    gone = [["layers[0].heads[1].pattern[5][3:6]"]]
+    with pytest.raises(NnspliceError, match="left without any key"):
+        ns.sweep(_double("mistral"), None, PROMPT, gone, METRIC, operation="knockout", progress=False)
 
 
 def test_edges_are_no_values_to_capture() -> None:

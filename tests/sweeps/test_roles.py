@@ -84,6 +84,13 @@ def test_stretches_of_one_length_correspond_token_by_token() -> None:
     np.testing.assert_allclose(by_role.values, by_position.values, atol=1e-12)
 
 
+def test_aligned_at_the_end_a_metric_reads_the_clean_prompt_as_far_from_its_end() -> None:
+    clean, corrupted = "w11 w3 w4 w5 w6", "w3 w9 w5 w6"
+    found = ns.sweep(double("gpt2"), clean, corrupted, "layers[:].output[0]", METRIC.at(1), align="end", progress=False)
+    logits = build("gpt2").double()(torch.tensor([[11, 3, 4, 5, 6]])).logits[0, 2].detach()
+    assert found.clean[0] == pytest.approx(float(logits[7] - logits[8]), abs=1e-12)
+
+
 def test_a_metric_is_read_at_a_token_with_a_partner() -> None:
     model = double("gpt2")
     ask: Any = {"spans": SPANS, "align": "role", "progress": False}
