@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -20,11 +21,13 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     >>> print(caught[0].message)
     the bar is short
     """
-    # The caller of the outermost of our frames: those of other libraries, such as decorators, stand between them.
+    # The caller of the outermost of our frames: those of other libraries, such as decorators, stand between them. The
+    # caller of a context manager of ours is the `with` behind contextlib.
     level, depth, frame = 1, 1, sys._getframe()
     while frame is not None:
         depth += 1
-        if frame.f_code.co_filename.startswith(_HERE):
+        file = frame.f_code.co_filename
+        if file.startswith(_HERE) or (file == contextlib.__file__ and level == depth - 1):
             level = depth
         frame = frame.f_back
     warnings.warn(message, category, stacklevel=level)

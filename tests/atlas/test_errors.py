@@ -33,7 +33,7 @@ def test_the_whole_message():
         "model.transformer.h[0] has no part atn\n"
         "    model.transformer.h[0].atn.c_atn.output\n"
         "                           ^\n"
-        "  expected: attn"
+        "  expected: attn, ln_1, ln_2, mlp"
     )
 
 
