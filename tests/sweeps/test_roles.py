@@ -85,10 +85,10 @@ def test_stretches_of_one_length_correspond_token_by_token() -> None:
 
 
 def test_aligned_at_the_end_a_metric_reads_the_clean_prompt_as_far_from_its_end() -> None:
-    clean, corrupted = "w11 w3 w4 w5 w6", "w3 w9 w5 w6"
+    clean, corrupted = ["w11 w3 w4 w5 w6"] * 2, ["w3 w9 w5 w6", "w9 w5 w6"]  # one run, which is read at two tokens
     found = ns.sweep(double("gpt2"), clean, corrupted, "layers[:].output[0]", METRIC.at(1), align="end", progress=False)
-    logits = build("gpt2").double()(torch.tensor([[11, 3, 4, 5, 6]])).logits[0, 2].detach()
-    assert found.clean[0] == pytest.approx(float(logits[7] - logits[8]), abs=1e-12)
+    logits = build("gpt2").double()(torch.tensor([[11, 3, 4, 5, 6]])).logits[0, 2:4].detach()
+    np.testing.assert_allclose(found.clean, logits[:, 7] - logits[:, 8], rtol=0, atol=1e-12)
 
 
 def test_a_metric_is_read_at_a_token_with_a_partner() -> None:
