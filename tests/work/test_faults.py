@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from nnsplice.errors import FileError, TeamError
 from nnsplice.work import RunFolder, Worker, status_of
@@ -170,6 +171,14 @@ def test_numbers_that_changed_on_the_disk_are_found(tmp_path: Path, name: str) -
     with pytest.raises(FileError, match="damaged: its numbers" if name == "values" else "holds unit 0"):
         folder.outcome(1)
     assert folder.outcome(0)[0]["values"].tobytes() == alone(2)[0]
+
+
+def test_outcomes_that_were_written_without_a_checksum_are_read(tmp_path: Path) -> None:
+    folder = written(tmp_path / "run", 1)
+    assert Worker(folder).work() == 0
+    values = folder.outcome(0)[0]["values"]
+    save_file({"values": values}, folder.path / folder.unit_file(0), metadata={"unit": "0", "about": "{}"})
+    assert folder.outcome(0)[0]["values"].tobytes() == values.tobytes()
 
 
 def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:
