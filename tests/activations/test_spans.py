@@ -44,6 +44,7 @@ def test_one_span_for_all_prompts(model) -> None:
     assert ns.capture(model, PROMPTS, f'{PLACE}["s"][0]', spans={"s": (1, 2)}).rows == 3
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer does not know")
 def test_a_span_in_other_letters_is_answered_with_those_of_the_prompt(model) -> None:
     for prompt, span, write in (("The w4 of W5", "w5", "'W5'"), ("w3 w4", "w5", None), ("W5 and W5", "w5", "'W5'")):
         with pytest.raises(SpanError, match=f"{span!r} does not occur") as refused:

@@ -20,6 +20,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.sounds import Sound
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, ShapeError, named
+from nnsplice.warn import warn_caller
 
 
 def encode(
@@ -93,6 +94,8 @@ def _prompts(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     engine.check_tokens(model, ids)
     if images is None:
         check_without(model, ids)
+        if texts is not None and not chats:
+            _warn_of_unknown(engine.tokenizer_of(model), texts, ids)
     named_spans = {name: tuple(bounds_of(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
     found = None if spans is None and not messages else {**messages, **named_spans}
     # With images, the texts alone do not determine the tokens.
@@ -102,6 +105,23 @@ def _prompts(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.signature_of(type(unwrap(model))), images=images)
+
+
+def _warn_of_unknown(tokenizer: Any, texts: Sequence[str], ids: Ids) -> None:
+    """Warn of words outside the vocabulary: all become one token, so prompts that differ in them are the same."""
+    unknown, token = getattr(tokenizer, "unk_token_id", None), str(getattr(tokenizer, "unk_token", None))
+    # Some tokenizers have the end of a text as their unknown token, which may be meant.
+    if unknown is None or token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        return
+    for row, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+        if unknown in tokens and token not in text:
+            what = f"{tokens.count(unknown)} words"
+            if getattr(tokenizer, "is_fast", False):
+                encoded = tokenizer(text, return_offsets_mapping=True)
+                each = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                what = ", ".join(repr(text[start:stop].strip()) for one, (start, stop) in each if one == unknown)
+            warn_caller(f"the tokenizer does not know {what} in prompt {row}, and writes {token} for each")
+            return
 
 
 def _audio_prompts(model: engine.Model, prompts: Any, sounds: tuple[Sound, ...], spans: Any) -> Prompts:
