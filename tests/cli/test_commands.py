@@ -342,20 +342,3 @@ def test_the_shell_completes_commands_and_options() -> None:
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
     assert done.stdout.split() == ["trace"], done.stderr
     assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
-
-
-def test_the_help_takes_less_than_three_tenths_of_a_second() -> None:
-    code = """
-import sys, time
-from nnsplice.cli import app
-try:
-    app(["--help"], prog_name="nnsplice")
-finally:
-    print(time.process_time(), file=sys.stderr)
-"""
-    taken = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "nnsplice trace" in done.stdout
-        taken.append(float(done.stderr.split()[-1]))
-    assert min(taken) < 0.3, taken
