@@ -35,7 +35,7 @@ from nnsplice.errors import NnspliceError
 from weights.oracle import IDS
 
 METRIC = ns.logit_diff("w7", "w8")
-PROMPTS, OTHERS = ["w3 w4 w5", "w9 w2 w6"], ["w3 w8 w5", "w9 w7 w6"]
+PROMPTS, OTHERS = ["w3 w4 w5", "w9 w62 w6"], ["w3 w8 w5", "w9 w7 w6"]
 #: What every process has whole, and what is gathered.
 PATHS = ["layers[:].input[:]", "layers[:].output[-1]", "layers[:].attn.output[1]", "layers[:].mlp.output[:]",
          "layers[:].heads[:].output[-1]", "layers[:].mid[0]", "final_norm.output[-1]"]  # fmt: skip
@@ -118,7 +118,7 @@ def spread(size: int) -> tuple[Any, Any, Any]:
     return plain, sharded, split
 
 
-CLEAN, CORRUPTED = ["w3 w4 w5", "w9 w2 w6 w1"], ["w3 w8 w5", "w9 w7 w6 w1"]
+CLEAN, CORRUPTED = ["w3 w4 w5", "w9 w62 w6 w61"], ["w3 w8 w5", "w9 w7 w6 w61"]
 SITES = ["layers[:].output", "layers[:].attn.output", "layers[:].mlp.output", "layers[:].heads[:].output"]
 SWEPT: dict[str, Callable[[Any], Any]] = {
     "reference": lambda m: ns.sweep(
@@ -133,7 +133,7 @@ SWEPT: dict[str, Callable[[Any], Any]] = {
     "neurons": lambda m: ns.sweep(m, CLEAN, CORRUPTED, "layers[1].neurons[3].output[-1]", METRIC, progress=False),
     "zero": lambda m: ns.ablate(m, CLEAN, SITES[1:], METRIC, progress=False),
     "mean": lambda m: ns.ablate(m, CLEAN, SITES[1:], METRIC, operation="mean", progress=False),
-    "noise": lambda m: ns.causal_trace(m, CLEAN, ["w4", "w2"], answer="w7", samples=2, progress=False),
+    "noise": lambda m: ns.causal_trace(m, CLEAN, ["w4", "w62"], answer="w7", samples=2, progress=False),
     "knockout": lambda m: ns.sweep(
         m, None, CORRUPTED, "layers[:].heads[:].pattern[-1][:2]", METRIC, operation="knockout", progress=False
     ),
@@ -204,7 +204,7 @@ def failing(size: int, folder: str) -> dict[str, str]:
             found[name] = f"{type(error).__name__}: {error}"
         assert time.monotonic() - start < 60
 
-    ask("prompts", clean="w3 w4 w5" if rank == 0 else "w3 w1 w5")
+    ask("prompts", clean="w3 w4 w5" if rank == 0 else "w3 w61 w5")
     ask("tokens", max_tokens=16 + rank)
     ask("journal", journal=Path(folder, "no folder", "journal.jsonl"))
     ask("all well")

@@ -142,7 +142,7 @@ def test_on_a_straight_line_it_is_its_own_closed_form_and_not_the_exact_effect()
 
 def test_prompts_of_several_lengths_are_as_each_by_itself() -> None:
     model = double("gpt2")
-    pairs = [(CLEAN, CORRUPTED), ("w8 w4 w5", "w3 w4 w9"), ("w9 w4 w5 w6 w1", "w3 w4 w5 w6 w8")]
+    pairs = [(CLEAN, CORRUPTED), ("w8 w4 w5", "w3 w4 w9"), ("w9 w4 w5 w6 w61", "w3 w4 w5 w6 w8")]
     clean, corrupted = map(list, zip(*pairs, strict=True))
     together = scored(model, clean=clean, corrupted=corrupted).table.edges
     alone = [scored(model, clean=a, corrupted=b).table.edges for a, b in pairs]

@@ -443,7 +443,7 @@ def test_a_result_its_figure_and_its_page_name_the_receivers(tmp_path) -> None:
     args = wrap("gpt2"), CLEAN, CORRUPTED, "layers[0].heads[:]"
     result = ns.path_patch(*args, "layers[2].heads[1].q", METRIC, progress=False)
     assert "\n  through layers[2].heads[1].q\n" in repr(result)
-    assert "layers[:].heads[:].output through layers[2].heads[1].q" in result.plot().get_title()
+    assert "layers[0].heads[:].output through layers[2].heads[1].q" in result.plot().get_title()
     result.to_html(tmp_path / "page.html")
     assert "patch through layers[2].heads[1].q" in (tmp_path / "page.html").read_text()
     many = ns.path_patch(*args, "layers[1:].heads[:].q", METRIC, progress=False)

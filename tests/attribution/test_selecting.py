@@ -76,7 +76,7 @@ def test_the_slice_is_drawn_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> No
         return prompts, cells
 
     monkeypatch.setattr(selecting, "_slice", noted)
-    model, pairs = double("gpt2"), {"clean": [CLEAN] * 3, "corrupted": [CORRUPTED, "w3 w9 w5 w6 w8", "w1 w4 w5 w6 w8"]}
+    model, pairs = double("gpt2"), {"clean": [CLEAN] * 3, "corrupted": [CORRUPTED, "w3 w9 w5 w6 w8", "w61 w4 w5 w6 w8"]}
     results = [scored(model, seed=seed, **pairs) for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len({str(one) for one in drawn}) == 3
     assert all(len(prompts) == 1 and len(cells) == 6 for prompts, cells in drawn)

@@ -138,7 +138,7 @@ def test_results_survive_the_disk_and_merge_with_themselves(tmp_path) -> None:
 
 def test_a_figure_and_a_page_say_that_they_are_estimates(tmp_path) -> None:
     result = _attribute(wrap("llama"), "layers[:].heads[:].output[-1]", method="atp*")
-    assert result.plot(prompt=0).get_title().startswith("layers[:].heads[:].output, prompt 0, estimated by atp*\n")
+    assert result.plot(prompt=0).get_title().startswith("layers[:].heads[:].output[-1], prompt 0, estimated by atp*\n")
     result.to_html(tmp_path / "page.html")
     assert '"method":"atp*"' in (tmp_path / "page.html").read_text()
     exact = ns.sweep(wrap("llama"), CLEAN, CORRUPTED, "layers[:].heads[:].output[-1]", METRIC, progress=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from nnsplice.atlas import Atlas, Block, atlas, fingerprint, unwrap
 from nnsplice.checks import CHECKS, Finding, run_checks, subject_of, summary
@@ -104,13 +105,19 @@ def test_replay_finds_writes_that_do_nothing(monkeypatch) -> None:
     assert "layers[:].heads[:].output" in _failed(findings)
 
 
-def test_replay_finds_a_model_that_is_not_the_same_twice() -> None:
+def test_replay_finds_a_model_that_is_not_the_same_twice(monkeypatch) -> None:
+    forward = GPT2MLP.forward
+    monkeypatch.setattr(GPT2MLP, "forward", lambda *args: forward(*args) + torch.randn(()) * 1e-3)
+    finding = {f.what: f for f in _of(wrap("gpt2"), "replay")}["layers[:].attn.output"]
+    assert finding.state == "FAILED" and finding.number and "changes its logits" in finding.detail
+
+
+def test_replay_finds_a_hook_that_does_not_do_the_same_twice() -> None:
     model = wrap("gpt2")
     block = unwrap(model).get_submodule("transformer.h.2")
     block.register_forward_hook(lambda _, args, out: _added(out, lambda x: torch.randn_like(x) * 1e-3))
-    findings = {f.what: f for f in _of(model, "replay")}
-    finding = findings["layers[:].attn.output"]
-    assert finding.state == "FAILED" and finding.number and "changes its logits" in finding.detail
+    finding = {f.what: f for f in _of(model, "replay")}["layers[:].attn.output"]
+    assert finding.state == "FAILED" and "does not do the same in every run" in finding.detail
 
 
 def _added(out: Any, more: Callable[[torch.Tensor], torch.Tensor]) -> Any:

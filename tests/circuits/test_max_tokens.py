@@ -12,9 +12,9 @@ import nnsplice as ns
 from zoo import double
 
 METRIC = ns.logit_diff("w7", "w8")
-CLEAN = ["w3 w4 w5", "w9 w4 w5 w2", "w3 w3 w4 w5", "w1 w2 w3"]
-CORRUPTED = ["w3 w4 w3", "w9 w4 w3 w2", "w3 w3 w4 w6", "w2 w2 w3"]
-REFERENCE = ["w1 w2 w3 w4", "w5 w6 w7"]
+CLEAN = ["w3 w4 w5", "w9 w4 w5 w62", "w3 w3 w4 w5", "w61 w62 w3"]
+CORRUPTED = ["w3 w4 w3", "w9 w4 w3 w62", "w3 w3 w4 w6", "w62 w62 w3"]
+REFERENCE = ["w61 w62 w3 w4", "w5 w6 w7"]
 NODES = ["embed", "layers[0].mlp", "layers[1].heads[2]", "layers[2].mlp"]
 EMBED = ns.Circuit.of(nodes=["embed"])
 

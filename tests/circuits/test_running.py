@@ -167,7 +167,7 @@ def test_values_of_ones_own_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
 def test_neither_the_order_of_prompts_nor_how_many_run_at_once_changes_anything(family: str) -> None:
     model = double(family)
-    clean = [CLEAN, "w8 w4 w5", "w9 w4 w5 w6 w1", "w30 w31 w32"]
+    clean = [CLEAN, "w8 w4 w5", "w9 w4 w5 w6 w61", "w30 w31 w32"]
     corrupted = [CORRUPTED, "w3 w4 w9", "w3 w4 w5 w6 w8", "w30 w33 w32"]
     circuit = ns.Circuit.of(edges=drawn(graph_of(model), 0.5, seed=4))
     found = circuit.run(model, clean, corrupted, METRIC)

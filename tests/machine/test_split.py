@@ -15,8 +15,8 @@ from machine import placed
 from nnsplice.results import SweepResult
 
 METRIC = ns.logit_diff("w7", "w8")
-CLEAN, CORRUPTED = ["w3 w4 w5 w9", "w2 w4 w5 w1"], ["w3 w6 w5 w9", "w2 w8 w5 w1"]
-RAGGED = ["w3 w4 w5 w9", "w2 w4"], ["w3 w6 w5 w9", "w2 w8"]
+CLEAN, CORRUPTED = ["w3 w4 w5 w9", "w62 w4 w5 w61"], ["w3 w6 w5 w9", "w62 w8 w5 w61"]
+RAGGED = ["w3 w4 w5 w9", "w62 w4"], ["w3 w6 w5 w9", "w62 w8"]
 SITES = ["layers[:].output", "layers[:].attn.output", "layers[:].mlp.output", "layers[:].heads[:].output[-1]"]
 HEADS = "layers[:].heads[:].output"
 

@@ -16,7 +16,7 @@ from nnsplice.packed.recording import Recording, record, ways
 from nnsplice.sweeps import choosing, plan_sweep, run
 from zoo import double
 
-PROMPTS = ["w3 w9", "w13 w24 w15 w5 w6 w7", "w3 w4 w5", "w8 w4 w5 w26 w17 w2", "w7 w6 w3 w3"]
+PROMPTS = ["w3 w9", "w13 w24 w15 w5 w6 w7", "w3 w4 w5", "w8 w4 w5 w26 w17 w62", "w7 w6 w3 w3"]
 METRIC = ns.logit_diff("w7", "w8")
 
 

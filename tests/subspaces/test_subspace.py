@@ -163,7 +163,7 @@ def test_files_keep_everything_and_damage_is_told(tmp_path: Path) -> None:
 
 
 def test_captures_are_projected_and_interchanged() -> None:
-    a, b = (ns.capture(wrap("gpt2"), texts, f"{PLACE}[:]") for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w1"]))
+    a, b = (ns.capture(wrap("gpt2"), texts, f"{PLACE}[:]") for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w61"]))
     subspace = _random(3)
     projector = _projector(subspace)
     for key, value in a.interchange(b, subspace).items():
@@ -190,7 +190,7 @@ def test_a_subspace_fits_its_place_however_it_is_spelled(spelled: str) -> None:
 @pytest.mark.parametrize("paths", ["layers[2].output[:]", "layers[1].input[-1]", "layers[:].output[:]"])
 def test_a_capture_of_another_place_of_the_same_width_is_refused(paths: str) -> None:
     model = wrap("gpt2")
-    a, b = (ns.capture(model, texts, paths) for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w1"]))
+    a, b = (ns.capture(model, texts, paths) for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w61"]))
     subspace = ns.Subspace("layers[1].output", _random(3).basis)
     for call in (lambda: a.project(subspace), lambda: a.interchange(b, subspace)):
         with pytest.raises(BadArgument, match=r"the subspace is of layers\[1\].output") as raised:

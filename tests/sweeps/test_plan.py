@@ -100,7 +100,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         return lambda: plan_sweep(model, clean, corrupted, sites, metric, **options)
 
     return [
-        (plan(CLEAN, CORRUPTED + " w1"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
+        (plan(CLEAN, CORRUPTED + " w61"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
         (plan(CLEAN, None), BadArgument, "corrupted is None, so patching would change nothing"),
         (plan([CLEAN, CLEAN], CORRUPTED), ShapeError, "2 clean prompts and 1 corrupted"),
         (plan(CLEAN, CORRUPTED, []), BadArgument, "no sites"),

@@ -112,7 +112,7 @@ def test_every_operation_on_sets_is_the_same_in_every_executor(family: str, oper
     needs = operation in ("mean", "resample", "add")
     sites = sorted({ns.parse_path(path).place for one in sets for path in one}, key=str)
     reference = ns.capture(
-        model, ["w20 w21 w22 w23 w24 w2"] * 2, [s.at(ns.parse_path("embed[:]").position) for s in sites]
+        model, ["w20 w21 w22 w23 w24 w62"] * 2, [s.at(ns.parse_path("embed[:]").position) for s in sites]
     )
     plan = plan_sweep(
         model, CLEAN, CORRUPTED, [*sets, "layers[1].output[1]"], METRIC, operation=operation,

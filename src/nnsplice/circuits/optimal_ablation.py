@@ -36,7 +36,7 @@ def optimal_ablation(
     way is kept, so on the prompts that it is trained on it is never worse than `ablation="mean"`.
 
     >>> circuit = ns.Circuit.of(nodes=["embed", "layers[1:].heads[:]", "layers[:].mlp"], model=model)
-    >>> prompts = ["w3 w4 w5", "w9 w4 w5", "w9 w2 w5", "w3 w2 w1"]
+    >>> prompts = ["w3 w4 w5", "w9 w4 w5", "w9 w62 w5", "w3 w62 w61"]
     >>> constants = ns.optimal_ablation(model, circuit, prompts, steps=20, progress=False)
     >>> constants.senders[:2], constants.training.divergence <= constants.training.mean_divergence
     (('layers[0].heads[0]', 'layers[0].heads[1]'), True)
