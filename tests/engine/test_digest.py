@@ -90,7 +90,7 @@ def test_the_second_digest_reads_no_tensor_that_was_not_written(monkeypatch: pyt
     assert len(read) == 1000
     read.clear()
     assert room.weights_digest(module) == before and read == []
-    weight = module[7].weight
+    weight = list(module.parameters())[14]
     with torch.no_grad():
         weight += 1
     assert room.weights_digest(module) != before and read == [weight.data_ptr()]
