@@ -18,6 +18,8 @@ from families.values_of import Served, judge_values, serve
 from families.weights_of import judge_weights
 
 _EXPECTED = expected.read()
+#: The version of transformers that the expectations are of; a newer one may have rewritten a family.
+_RECORDED_WITH = Version("5.23.0")
 #: Families whose small models transformers 5.18 cannot make: its own configs and layers raise.
 _LATER = ("cohere_compass_text", "musicgen", "musicgen_melody")
 _BUILT = names()
@@ -42,7 +44,11 @@ def test_a_family_is_exact_or_refused_by_name(family: str) -> None:
     found = judge(family)
     assert found.bad() == []
     known = _EXPECTED.get(family)  # (one that came with a newer transformers is not recorded yet)
-    if known is not None and not _is_wrong(known):
+    if known is None or _is_wrong(known):
+        return
+    if Version(hf.__version__) > _RECORDED_WITH:
+        assert found.verdict == known.verdict
+    else:
         assert expected.of(found) == known
 
 
