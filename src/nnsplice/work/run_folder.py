@@ -240,8 +240,8 @@ class RunFolder:
                 ) from None
         if metadata.get("unit") != str(number):
             raise FileError(f"{path} holds unit {metadata.get('unit')}", expected=f"unit {number}")
-        # Files of earlier versions have no checksum.
-        if metadata.get("sum", known := arrays_digest(arrays)) != known:
+        written = metadata.get("sum")  # older files have none
+        if written is not None and written != arrays_digest(arrays):
             raise FileError(
                 f"{path} is damaged: its numbers are not those that were written",
                 expected="the file removed, and the unit run again",
