@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,19 @@ def test_damage_is_found_by_the_sum_of_each_prompt(tiny: Any, tmp_path: Path) ->
     (path / "values" / "c" / "1" / "0").unlink()
     with pytest.raises(FileError, match="what it holds is not what was written"):
         ns.SweepResult.from_zarr(path)
+
+
+@pytest.mark.usefixtures("_zarr")
+def test_a_store_that_has_no_checksum_of_the_unedited_runs_is_read(tiny: Any, tmp_path: Path) -> None:
+    import zarr  # pyright: ignore[reportMissingImports]
+
+    path = tmp_path / "r.zarr"
+    result = ns.run(_plan(tiny), LOAD, on="local:1", out=path, **OPTIONS)
+    group = zarr.open_group(path, mode="r+")
+    header = json.loads(group.attrs[zarr_files.ATTRIBUTE])
+    assert header.pop("ends")
+    group.attrs[zarr_files.ATTRIBUTE] = json.dumps(header)
+    assert _same(ns.SweepResult.from_zarr(path), result)
 
 
 @pytest.mark.usefixtures("_zarr")

@@ -117,15 +117,8 @@ class Growing:
         """
         for name in ("clean", "corrupted"):
             self._group[name][...] = getattr(table, name)
-        header = {
-            "kind": KIND,
-            "format": FORMAT,
-            "sums": sums,
-            "ends": row_sum(table.clean, table.corrupted),
-            "run": dataclasses.asdict(table.run),
-            **files.texts(table),
-        }
-        self._group.attrs[ATTRIBUTE] = files.canonical(header)
+        ends = row_sum(table.clean, table.corrupted)
+        self._group.attrs[ATTRIBUTE] = _header(table, sums=sums, ends=ends)
 
 
 def _header(table: Table, **sums: Any) -> str:
@@ -190,7 +183,8 @@ def read(path: str | os.PathLike[str]) -> Table:
         if "sums" in header:  # the store was written prompt by prompt
             rows = zip(table.values, table.done, header["sums"], strict=True)
             same = all((row_sum(values, done) == there) if there else not done.any() for values, done, there in rows)
-            same = same and row_sum(table.clean, table.corrupted) == header["ends"]
+            ends = header.get("ends")  # older stores have none
+            same = same and (ends is None or ends == row_sum(table.clean, table.corrupted))
         else:
             same = files.digest(table) == header["digest"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
